@@ -1,0 +1,228 @@
+"""The network of Llama 1, Llama 2 and Mistral, with LoRA adapters for its linear layers.
+
+Attributes are named as in Meta's checkpoints, so that the module's parameter paths are the keys of
+`weights.npz` (`layers.0.attention.wq.weight`, ...).
+
+Shapes in comments: B rows of a batch, L positions, S positions in the key-value cache, D = `dim`,
+H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
+"""
+
+import ctypes
+import importlib.metadata
+import math
+from dataclasses import dataclass
+
+
+def load_fast_blas() -> bool:
+    """Load Intel's MKL, where it is installed, in place of the BLAS that MLX's Linux wheel bundles.
+
+    The bundled one is the reference implementation, some fifty times slower. The dynamic linker
+    takes the first `cblas_sgemm` that it meets, so this has to run before MLX is first imported.
+    Returns whether MKL was found; macOS and CUDA do not need it.
+    """
+    try:
+        files = importlib.metadata.files("mkl") or []
+        library = next(f.locate() for f in files if f.name.startswith("libmkl_rt.so"))
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+    except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
+        return False
+    return True
+
+
+FAST_BLAS = load_fast_blas()
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+
+LORA_SCALE = 2.0
+
+# One layer's keys and values (B, K, capacity, head_dim), and how many positions are filled.
+LayerCache = tuple[mx.array, mx.array, int]
+
+
+@dataclass
+class ModelArgs:
+    """The shape of a model, as `params.json` gives it."""
+
+    dim: int
+    n_layers: int
+    head_dim: int
+    hidden_dim: int
+    n_heads: int
+    n_kv_heads: int
+    norm_eps: float
+    vocab_size: int
+    rope_theta: float = 10000.0
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear layer plus a trained low-rank update: `linear(x) + 2 (x A) B`.
+
+    Source: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", 2021. Around an
+    `nn.QuantizedLinear` it is QLoRA (Dettmers et al., 2023).
+    """
+
+    @staticmethod
+    def from_linear(linear: nn.Linear | nn.QuantizedLinear, rank: int = 8) -> "LoRALinear":
+        """Wrap `linear`; with `lora_b` at zero the result computes what `linear` does."""
+        output_dims, input_dims = linear.weight.shape
+        if isinstance(linear, nn.QuantizedLinear):
+            input_dims = linear.scales.shape[1] * linear.group_size
+        lora = LoRALinear(input_dims, output_dims, rank)
+        lora.linear = linear
+        return lora
+
+    def __init__(self, input_dims: int, output_dims: int, rank: int = 8, bias: bool = False):
+        super().__init__()
+        self.linear = nn.Linear(input_dims, output_dims, bias=bias)
+        bound = 1 / math.sqrt(input_dims)
+        self.lora_a = mx.random.uniform(-bound, bound, (input_dims, rank))
+        self.lora_b = mx.zeros((rank, output_dims))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., input_dims) to (..., output_dims), in the dtype that the wrapped layer gives."""
+        y = self.linear(x)
+        # The float32 matrices are cast: as they are, they would make everything after it float32.
+        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
+        return y + (LORA_SCALE * ((x @ a) @ b)).astype(y.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, then scale (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, dims: int, eps: float = 1e-5):
+        super().__init__()
+        self.weight = mx.ones((dims,))
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal attention over grouped heads (Ainslie et al., "GQA", 2023) with rotary positions.
+
+    RoPE (Su et al., 2021) turns neighbouring pairs of channels, the "traditional" kind, which is
+    how Meta's checkpoints store the rows of wq and wk.
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.n_heads = args.n_heads
+        self.n_kv_heads = args.n_kv_heads
+        self.head_dim = args.head_dim
+        self.scale = args.head_dim**-0.5
+        self.rope_theta = args.rope_theta
+        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
+        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
+        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+
+    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
+        """x: (B, L, D), the positions after those in `cache`. Gives (B, L, D) and the new cache."""
+        seen = cache[2] if cache else 0
+        queries = self._rope(self._heads(self.wq(x), self.n_heads), seen)  # (B, H, L, head_dim)
+        keys = self._rope(self._heads(self.wk(x), self.n_kv_heads), seen)  # (B, K, L, head_dim)
+        values = self._heads(self.wv(x), self.n_kv_heads)
+
+        cache = extend_cache(cache, keys, values)
+        keys, values, filled = cache
+        out = mx.fast.scaled_dot_product_attention(
+            queries,
+            keys[:, :, :filled],
+            values[:, :, :filled],
+            scale=self.scale,
+            mask="causal" if x.shape[1] > 1 else None,
+        )
+        return self.wo(out.transpose(0, 2, 1, 3).flatten(-2)), cache
+
+    def _heads(self, x: mx.array, n_heads: int) -> mx.array:
+        """(B, L, n_heads * head_dim) to (B, n_heads, L, head_dim)."""
+        return x.reshape(*x.shape[:2], n_heads, self.head_dim).transpose(0, 2, 1, 3)
+
+    def _rope(self, x: mx.array, offset: int) -> mx.array:
+        return mx.fast.rope(
+            x, self.head_dim, traditional=True, base=self.rope_theta, scale=1.0, offset=offset
+        )
+
+
+def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> LayerCache:
+    """Append the keys and values (B, K, L, head_dim) of new positions to a layer's cache.
+
+    Room is added 256 positions at a time. Between those, new positions are written into the arrays
+    in place, provided that the caller keeps no reference to the old cache.
+    """
+    if cache is None:
+        return keys, values, keys.shape[2]
+    old_keys, old_values, seen = cache
+    filled = seen + keys.shape[2]
+    if filled > old_keys.shape[2]:
+        batch, n_kv_heads, _, head_dim = keys.shape
+        room = -(-filled // 256) * 256 - seen
+        blank = mx.zeros((batch, n_kv_heads, room, head_dim), keys.dtype)
+        old_keys = mx.concatenate([old_keys[:, :, :seen], blank], axis=2)
+        old_values = mx.concatenate([old_values[:, :, :seen], blank], axis=2)
+    start = mx.array([seen])
+    return (
+        mx.slice_update(old_keys, keys, start, axes=[2]),
+        mx.slice_update(old_values, values, start, axes=[2]),
+        filled,
+    )
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (Shazeer, "GLU Variants Improve Transformer", 2020): `w2(silu(w1 x) * w3 x)`."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
+        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate = self.w1(x)
+        return self.w2(gate * mx.sigmoid(gate) * self.w3(x))
+
+
+class TransformerBlock(nn.Module):
+    """Attention, then the feed-forward network, each normalised before and added to its input."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.attention = Attention(args)
+        self.feed_forward = FeedForward(args)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
+        attended, cache = self.attention(self.attention_norm(x), cache)
+        x = x + attended
+        return x + self.feed_forward(self.ffn_norm(x)), cache
+
+
+class Model(nn.Module):
+    """The decoder, from token ids to logits (Touvron et al., "LLaMA", 2023)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
+        self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+
+    def __call__(
+        self, inputs: mx.array, cache: list[LayerCache] | None = None
+    ) -> tuple[mx.array, list[LayerCache]]:
+        """Logits of the token after each position, and the cache to go on with.
+
+        inputs: (B, L) integer token ids, the positions after those in `cache`.
+        Gives logits (B, L, V) in the dtype of the weights, and one cache entry a layer.
+        """
+        x = self.tok_embeddings(inputs)  # (B, L, D)
+        cache = cache or [None] * len(self.layers)
+        new_cache = []
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            x, layer_cache = layer(x, layer_cache)
+            new_cache.append(layer_cache)
+        return self.output(self.norm(x)), new_cache
