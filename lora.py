@@ -1,0 +1,704 @@
+"""Teach a Llama or Mistral model your own texts with LoRA or QLoRA, test it, and generate.
+
+python lora.py --model mlx_model --data mlx-doc-data --train --iters 600
+python lora.py --model mlx_model --data mlx-doc-data --test
+python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
+
+The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
+folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, NoReturn
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from tqdm import tqdm
+
+# Before MLX, because it loads the BLAS that MLX is to use.
+from models import FAST_BLAS, LoRALinear, Model, ModelArgs
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+LORA_PROJECTIONS = ("wq", "wv")
+LORA_RANK = 8
+ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
+PAD_TO = 8  # sequence lengths are multiples of this: few shapes, little padding
+
+# -------------------------------------------------------------------------------------------------
+# Arguments
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def number(kind: type, accept: Callable[[float], bool], expected: str) -> Callable[[str], float]:
+    """A type for argparse: a finite number of `kind` that `accept` takes."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and accept(value)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return value
+
+    return parse
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script, each documented beside its default."""
+    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    batches = number(
+        int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
+    )
+    temperature = number(float, lambda t: t >= 0, "a number of at least 0")
+    rate = number(float, lambda r: r > 0, "a number above 0")
+    seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+
+    description, _, examples = __doc__.partition("\n\n")
+    parser = OneLineParser(
+        prog="lora.py",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(group: argparse._ArgumentGroup, *flags: str, help: str, **options) -> None:
+        default = options.get("default")
+        shown = "" if default is None or default is False else f" (default: {default})"
+        group.add_argument(*flags, help=help + shown, **options)
+
+    group = parser.add_argument_group("what to do (at least one)")
+    add(group, "--train", action="store_true", help="train adapters")
+    add(group, "--test", action="store_true", help="compute the loss on the test set")
+    add(group, "--prompt", "-p", help="generate text that goes on from this")
+
+    group = parser.add_argument_group("model")
+    add(group, "--model", default="mlx_model", help="folder made by convert.py")
+    add(group, "--adapter-file", default="adapters.npz", help="adapters to write, or to use")
+    add(group, "--no-adapter", action="store_true", help="test or generate with the base model")
+    add(group, "--seed", type=seed, default=0, help="seed of all random numbers")
+
+    group = parser.add_argument_group("training")
+    add(group, "--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
+    add(group, "--lora-layers", type=count, default=16, help="layers to adapt, from the top")
+    add(group, "--batch-size", type=count, default=4, help="sequences a step")
+    add(group, "--iters", type=count, default=1000, help="steps to train")
+    add(group, "--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
+    add(group, "--resume-adapter-file", help="adapters to start from")
+    add(group, "--steps-per-report", type=count, default=10, help="steps between two reports")
+    add(group, "--steps-per-eval", type=count, default=200, help="steps between two validations")
+    add(group, "--save-every", type=count, default=100, help="steps between two saves")
+
+    group = parser.add_argument_group("evaluation")
+    add(group, "--val-batches", type=batches, default=25, help="batches a validation, -1: all")
+    add(group, "--test-batches", type=batches, default=500, help="batches of the test, -1: all")
+
+    group = parser.add_argument_group("generation")
+    add(group, "--num-tokens", "-n", type=count, default=100, help="tokens to generate at most")
+    add(group, "--write-every", type=count, default=1, help="tokens between two writes")
+    add(group, "--temp", type=temperature, default=0.8, help="sampling temperature, 0: greedy")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find what cannot work before anything is loaded.
+
+    Raises ValueError or FileNotFoundError.
+    """
+    if not (args.train or args.test or args.prompt is not None):
+        raise ValueError("nothing to do: give --train, --test or --prompt")
+    if args.train and args.no_adapter:
+        raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
+    if args.resume_adapter_file and not args.train:
+        raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
+    if args.train and not Path(args.adapter_file).absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of --adapter-file {args.adapter_file} does not exist")
+    adapter = adapter_to_load(args)
+    if adapter and not Path(adapter).is_file():
+        raise FileNotFoundError(
+            f"there is no adapter file {adapter}: make one with --train, "
+            "or give --no-adapter for the base model alone"
+        )
+
+
+def adapter_to_load(args: argparse.Namespace) -> str | None:
+    """The adapter file that this run starts from, if any."""
+    if args.train:
+        return args.resume_adapter_file
+    return None if args.no_adapter else args.adapter_file
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+class Tokenizer:
+    """A SentencePiece model (Kudo and Richardson, 2018) from a `tokenizer.model` file.
+
+    Raises FileNotFoundError or ValueError when the file is missing or is no SentencePiece model.
+    """
+
+    def __init__(self, model_path: str | Path):
+        if not Path(model_path).is_file():
+            raise FileNotFoundError(f"{model_path} is missing: convert the model with convert.py")
+        try:
+            self._model = SentencePieceProcessor(model_file=str(model_path))
+        except RuntimeError as error:
+            raise ValueError(f"{model_path} is not a SentencePiece model: {error}") from error
+
+    @property
+    def eos_id(self) -> int:
+        return self._model.eos_id()
+
+    @property
+    def vocab_size(self) -> int:
+        return self._model.vocab_size()
+
+    def encode(self, s: str, eos: bool = False) -> list[int]:
+        """Token ids of `s` behind the beginning-of-sequence token, with the end token if asked."""
+        ids = [self._model.bos_id(), *self._model.encode(s)]
+        return [*ids, self.eos_id] if eos else ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
+
+def decode_stream(
+    ids: Iterator[int], tokenizer: Tokenizer, prompt_ids: list[int], every: int = 1
+) -> Iterator[str]:
+    """Decode ids as they come; the pieces, joined, are what all of them add to the prompt.
+
+    A piece comes every `every` ids. A character whose bytes are spread over ids is held back until
+    it is whole.
+    """
+    # Ids are decoded behind some that are already shown: the first of a text loses its space.
+    context, fresh = list(prompt_ids), []
+    shown = tokenizer.decode(context)
+    for count in itertools.count(1):
+        token = next(ids, None)
+        if token is not None:
+            fresh.append(token)
+            if count % every:
+                continue
+        text = tokenizer.decode(context + fresh)
+        if token is None or not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[len(shown) :]
+            alone = tokenizer.decode(fresh)
+            if alone.strip():
+                context, fresh, shown = fresh, [], alone
+            else:
+                context, fresh, shown = context + fresh, [], text
+        if token is None:
+            return
+
+
+# -------------------------------------------------------------------------------------------------
+# Data
+
+
+class Dataset:
+    """The texts of a JSONL file: of each line's object, the string under `key`.
+
+    Raises FileNotFoundError, or ValueError with the file and the line that is wrong.
+    """
+
+    def __init__(self, path: str | Path, key: str = "text"):
+        if not Path(path).is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: --data takes a folder with train.jsonl, valid.jsonl and "
+                "test.jsonl, such as cwk_create_dataset.py makes"
+            )
+        with open(path, "rb") as lines:
+            self._texts = [
+                parse_record(line, key, f"{path}, line {i}")
+                for i, line in enumerate(lines, start=1)
+                if line.strip()
+            ]
+        if not self._texts:
+            raise ValueError(f'{path} is empty: each line holds one {{"{key}": "..."}}')
+        self._encoded: tuple[Tokenizer, list[np.ndarray]] | None = None
+
+    def __getitem__(self, index: int) -> str:
+        return self._texts[index]
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def encode(self, tokenizer: Tokenizer) -> list[np.ndarray]:
+        """The token ids (int32) of each text, from BOS to EOS. Computed once."""
+        if self._encoded is None or self._encoded[0] is not tokenizer:
+            rows = [np.array(tokenizer.encode(text, eos=True), np.int32) for text in self._texts]
+            self._encoded = tokenizer, rows
+        return self._encoded[1]
+
+
+def parse_record(line: bytes, key: str, place: str) -> str:
+    """The text of one line. Raises ValueError, which names `place`."""
+    try:
+        record = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is not JSON: {error}") from error
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{place} has no text: it should be like {{"{key}": "..."}}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half a character: {error}") from error
+    return text
+
+
+def load(
+    args: argparse.Namespace,
+) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
+    """The training, validation and test set of `args.data`; None for one that is not needed.
+
+    Raises FileNotFoundError or ValueError when a set that is needed is missing or malformed.
+    """
+    folder = Path(args.data)
+    train_set = Dataset(folder / "train.jsonl") if args.train else None
+    val_set = Dataset(folder / "valid.jsonl") if args.train else None
+    test_set = Dataset(folder / "test.jsonl") if args.test else None
+    return train_set, val_set, test_set
+
+
+def iterate_batches(
+    dset: Dataset, tokenizer: Tokenizer, batch_size: int, train: bool = False, seed: int = 0
+) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+    """Batches of sequences of similar length, in a random order that `seed` decides.
+
+    Yields inputs (B, L), targets (B, L), which are the inputs one position on, and lengths (B,),
+    how many of a row's targets count; all int32, L a multiple of PAD_TO. Evaluation is one pass
+    over all records. Training goes on for ever; an epoch's order depends on `seed` and the epoch
+    alone, and what does not fill a batch is left out, other records in each epoch.
+    """
+    rows = dset.encode(tokenizer)
+    batch_size = min(batch_size, len(rows))
+    for epoch in itertools.count():
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(len(rows))
+        if train:
+            order = order[: len(rows) - len(rows) % batch_size]
+        order = sorted(order, key=lambda i: padded_length(rows[i]))
+        starts = rng.permutation(np.arange(0, len(order), batch_size))
+        for start in starts:
+            yield pad_batch([rows[i] for i in order[start : start + batch_size]])
+        if not train:
+            return
+
+
+def padded_length(row: np.ndarray) -> int:
+    """Positions that a row's inputs take in a batch."""
+    return -(-(len(row) - 1) // PAD_TO) * PAD_TO
+
+
+def pad_batch(rows: list[np.ndarray]) -> tuple[mx.array, mx.array, mx.array]:
+    """Inputs, targets and lengths of rows of token ids; see `iterate_batches`."""
+    padded = np.zeros((len(rows), max(map(padded_length, rows)) + 1), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    lengths = np.array([len(row) - 1 for row in rows], np.int32)
+    return mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(lengths)
+
+
+# -------------------------------------------------------------------------------------------------
+# Loss and evaluation
+
+
+def loss(
+    model: Model, inputs: mx.array, targets: mx.array, lengths: mx.array
+) -> tuple[mx.array, mx.array]:
+    """Mean cross-entropy in nats over the targets that count, and how many they are.
+
+    inputs, targets: (B, L); lengths: (B,), the first so many targets of a row count.
+    """
+    logits, _ = model(inputs)
+    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)  # (B, L)
+    mask = mx.arange(targets.shape[1]) < lengths[:, None]
+    n_tokens = mask.sum()
+    return mx.where(mask, losses, 0).sum() / n_tokens, n_tokens
+
+
+def evaluate(
+    model: Model,
+    dataset: Dataset,
+    loss: Callable,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    num_batches: int,
+) -> float:
+    """Mean loss a token over `num_batches` batches of `dataset`; -1 takes every record, once."""
+    total_loss, total_tokens = 0.0, 0
+    n_all = math.ceil(len(dataset) / batch_size)
+    n_batches = n_all if num_batches == -1 else min(num_batches, n_all)
+    batches = itertools.islice(iterate_batches(dataset, tokenizer, batch_size), n_batches)
+    for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
+        mean, n_tokens = loss(model, *batch)
+        total_loss += mean.item() * n_tokens.item()
+        total_tokens += n_tokens.item()
+    return total_loss / total_tokens
+
+
+# -------------------------------------------------------------------------------------------------
+# Training
+
+
+def add_lora(model: Model, layers: list[int], rank: int = LORA_RANK) -> None:
+    """Freeze the model and wrap wq and wv of the given layers with LoRA matrices."""
+    model.freeze()
+    for i in layers:
+        attention = model.layers[i].attention
+        for name in LORA_PROJECTIONS:
+            attention[name] = LoRALinear.from_linear(attention[name], rank)
+
+
+def top_layers(model: Model, n: int) -> list[int]:
+    """Indices of the last `n` layers, or of all when there are fewer."""
+    n_layers = len(model.layers)
+    return list(range(max(0, n_layers - n), n_layers))
+
+
+def train(
+    model: Model,
+    train_set: Dataset,
+    val_set: Dataset,
+    optimizer: optim.Optimizer,
+    loss: Callable,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+) -> None:
+    """Train what is not frozen for `args.iters` steps, reporting and saving on the way.
+
+    The LoRA matrices are written to `args.adapter_file` every `args.save_every` steps and at the
+    end. Validation is at the first step, before the update, at every `args.steps_per_eval`, and at
+    the last.
+    """
+    loss_and_grad = nn.value_and_grad(model, loss)
+    batches = iterate_batches(train_set, tokenizer, args.batch_size, train=True, seed=args.seed)
+    losses, n_tokens, seconds = [], 0, 0.0  # since the last report
+
+    bar = tqdm(range(1, args.iters + 1), "Training", disable=None)
+    for iteration, batch in zip(bar, batches, strict=False):
+        if iteration == 1:
+            validate(model, val_set, loss, tokenizer, args, iteration)
+
+        start = time.perf_counter()
+        (value, step_tokens), grads = loss_and_grad(model, *batch)
+        optimizer.update(model, grads)
+        mx.eval(value, step_tokens, model.trainable_parameters(), optimizer.state)
+        seconds += time.perf_counter() - start
+        losses.append(value.item())
+        n_tokens += step_tokens.item()
+
+        if iteration % args.steps_per_report == 0 or iteration == args.iters:
+            say(
+                f"Iter {iteration}: Train loss {np.mean(losses):.3f}, "
+                f"It/sec {len(losses) / seconds:.3f}, Tokens/sec {n_tokens / seconds:.3f}"
+            )
+            losses, n_tokens, seconds = [], 0, 0.0
+        if iteration % args.steps_per_eval == 0 or iteration == args.iters > 1:
+            validate(model, val_set, loss, tokenizer, args, iteration)
+        if iteration % args.save_every == 0 or iteration == args.iters:
+            save_adapter(model, args.adapter_file)
+
+
+def validate(
+    model: Model,
+    val_set: Dataset,
+    loss: Callable,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    iteration: int,
+) -> None:
+    """Compute and report the validation loss."""
+    start = time.perf_counter()
+    value = evaluate(model, val_set, loss, tokenizer, args.batch_size, args.val_batches)
+    took = time.perf_counter() - start
+    say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
+
+
+def say(line: str) -> None:
+    """Print a line to standard output, past any progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` when it is whole, and not before."""
+    beside = Path(f"{path}.partial")
+    try:
+        with open(beside, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_adapter(model: Model, path: str | Path) -> None:
+    """Write the LoRA matrices, float32 under their parameter paths, as an .npz file."""
+    matrices = {
+        name: np.array(value, np.float32)
+        for name, value in tree_flatten(model.trainable_parameters())
+    }
+    with replacing(path) as file:
+        np.savez(file, **matrices)
+
+
+def load_adapter(model: Model, path: str | Path) -> None:
+    """Put the LoRA matrices of an .npz file into the model; layers and rank are the file's.
+
+    Raises ValueError, which names the file and the key, when the file does not fit the model.
+    """
+    matrices = read_adapter(path)
+    layers = {int(ADAPTER_KEY.fullmatch(name)[1]) for name in matrices}
+    if max(layers) >= len(model.layers):
+        raise ValueError(
+            f"{path} adapts layer {max(layers)} of a model that has {len(model.layers)} layers: "
+            "use the model that it was trained on"
+        )
+    ranks = {matrix.shape[name.endswith("lora_a")] for name, matrix in matrices.items()}
+    add_lora(model, sorted(layers), max(ranks))
+    expected = dict(tree_flatten(model.trainable_parameters()))
+    for name in expected:
+        if name not in matrices:
+            raise ValueError(f"{path} lacks {name}: the file is not whole, train again")
+        if matrices[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {path} has the shape {matrices[name].shape}, the model needs "
+                f"{expected[name].shape}: use the model that it was trained on"
+            )
+    model.update(tree_unflatten([(name, mx.array(value)) for name, value in matrices.items()]))
+
+
+# -------------------------------------------------------------------------------------------------
+# Generation
+
+
+def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Write the prompt and up to `args.num_tokens` tokens that follow it to standard output."""
+    prompt_ids = tokenizer.encode(prompt)
+    ids = itertools.islice(generate_ids(model, prompt_ids, args.temp), args.num_tokens)
+    ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    print(prompt, end="", flush=True)
+    for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
+        print(piece, end="", flush=True)
+    print(flush=True)
+
+
+def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
+    """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
+
+    def step(ids: mx.array, cache: list | None) -> tuple[mx.array, list]:
+        logits, cache = model(ids, cache)
+        logits = logits[:, -1].astype(mx.float32)
+        token = mx.random.categorical(logits / temp) if temp > 0 else logits.argmax(-1)
+        mx.async_eval(token)
+        return token, cache
+
+    token, cache = step(mx.array([prompt_ids]), None)
+    while True:
+        # The device computes the next token while the caller works with this one.
+        following, cache = step(token[:, None], cache)
+        yield token.item()
+        token = following
+
+
+# -------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model, Tokenizer]:
+    """The model and the tokenizer that convert.py wrote into `folder`.
+
+    Floating-point weights come in `dtype`: by default float32 on a CPU, where half precision has
+    no fast product, and as they are stored (float16) on a GPU.
+    Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit.
+    """
+    folder = Path(folder)
+    for name in ("params.json", "weights.npz", "tokenizer.model"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{folder / name} is missing: --model takes a folder that convert.py made"
+            )
+    model = read_config(folder / "params.json")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    if tokenizer.vocab_size > model.args.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
+            f"{model.args.vocab_size}: convert the model with its own tokenizer"
+        )
+    if dtype is None and on_cpu():
+        dtype = mx.float32
+    load_weights(model, folder / "weights.npz", dtype)
+    return model, tokenizer
+
+
+def on_cpu() -> bool:
+    return mx.default_device() == mx.Device(mx.cpu)
+
+
+def read_config(path: Path) -> Model:
+    """An empty model of the shape that `params.json` gives, with quantized layers if it says so."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        quantization = config.pop("quantization", None)
+        args = ModelArgs(**config)
+        model = Model(args)
+        if quantization is not None:
+            nn.quantize(
+                model,
+                **quantization,
+                class_predicate=lambda name, m: isinstance(m, nn.Linear) and name != "output",
+            )
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError(f"{path} does not describe a model ({error}): run convert.py") from error
+    return model
+
+
+def load_weights(model: Model, path: Path, dtype: mx.Dtype | None) -> None:
+    """Fill the model with the arrays of `weights.npz`, one after the other.
+
+    Raises ValueError when an array is missing, unknown, or of another shape than the model needs.
+    """
+    try:
+        arrays = mx.load(str(path), format="npz")
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
+    expected = dict(tree_flatten(model.parameters()))
+    for name in sorted(expected.keys() | arrays.keys()):
+        if name not in expected or name not in arrays:
+            lacks = "lacks" if name in expected else "has an unknown"
+            raise ValueError(f"{path} {lacks} {name}: it does not go with params.json")
+        if arrays[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {path} has the shape {arrays[name].shape}, params.json implies "
+                f"{expected[name].shape}"
+            )
+        value = arrays.pop(name)
+        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        mx.eval(value)  # here, so that no more than one array is held twice
+        expected[name] = value
+    model.update(tree_unflatten(list(expected.items())))
+
+
+def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
+    """The LoRA matrices of an .npz file by parameter path.
+
+    Raises ValueError when the file is damaged or holds anything else.
+    """
+    try:
+        with np.load(path) as archive:
+            matrices = {name: archive[name] for name in archive.files}
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(f"{path} is no adapter file ({error}): make one with --train") from error
+    for name, matrix in matrices.items():
+        if not ADAPTER_KEY.fullmatch(name):
+            raise ValueError(f"{path} holds {name}, which is no LoRA matrix of wq or wv")
+        if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
+            raise ValueError(f"{name} in {path} is not a matrix of floats")
+        if not np.isfinite(matrix).all():
+            raise ValueError(f"{name} in {path} is not finite: train again")
+    if not matrices:
+        raise ValueError(f"{path} holds no LoRA matrices: make them with --train")
+    return matrices
+
+
+def count_parameters(model: Model) -> int:
+    """Parameters of the model; a quantized layer counts as the one that it stands for."""
+    quantized = [m for m in model.modules() if isinstance(m, nn.QuantizedLinear)]
+    packed = sum(v.size for m in quantized for v in m.parameters().values())
+    unpacked = sum(m.scales.size * m.group_size for m in quantized)
+    return sum(v.size for _, v in tree_flatten(model.parameters())) - packed + unpacked
+
+
+# -------------------------------------------------------------------------------------------------
+# The run
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the flags ask for, in the order train, test, generate."""
+    check_arguments(args)
+    mx.random.seed(args.seed)
+    np.random.seed(args.seed)
+    if on_cpu() and not FAST_BLAS:
+        warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
+
+    say("Loading pretrained model")
+    model, tokenizer = load_model(args.model)
+    adapter = adapter_to_load(args)
+    if adapter:
+        load_adapter(model, adapter)
+    elif args.train:
+        add_lora(model, top_layers(model, args.lora_layers))
+    say(f"Total parameters {count_parameters(model) / 1e6:.3f}M")
+    if args.train:
+        n_trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
+        say(f"Trainable parameters {n_trainable / 1e6:.3f}M")
+
+    if args.train or args.test:
+        say("Loading datasets")
+        train_set, val_set, test_set = load(args)
+    if args.train:
+        say("Training")
+        optimizer = optim.Adam(learning_rate=args.learning_rate)
+        train(model, train_set, val_set, optimizer, loss, tokenizer, args)
+    if args.test:
+        say("Testing")
+        test_loss = evaluate(model, test_set, loss, tokenizer, args.batch_size, args.test_batches)
+        say(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
+    if args.prompt is not None:
+        say("Generating")
+        generate(model, args.prompt, tokenizer, args)
+
+
+def warn(message: str) -> None:
+    tqdm.write(f"lora.py: warning: {message}", file=sys.stderr)
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Say on one line what went wrong, and exit."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"lora.py: error: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        fail(error, 2)  # the user can mend it
+    except (OSError, MemoryError, RuntimeError) as error:
+        fail(error, 1)  # the machine failed
+
+
+if __name__ == "__main__":
+    main()
