@@ -1,0 +1,92 @@
+"""What several tests need: small models, real texts, and a way to call a script as a user does."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mistral_common
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from models import Model, ModelArgs  # noqa: E402  before MLX, for its BLAS
+
+import mlx.core as mx  # noqa: E402
+import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
+
+# Mistral 7B v0.1's own tokenizer.model, 32,000 pieces (Apache-2.0).
+MISTRAL_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
+
+TINY = {
+    "dim": 64,
+    "n_layers": 3,
+    "head_dim": 16,
+    "hidden_dim": 96,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "norm_eps": 1e-5,
+    "vocab_size": 32000,
+    "rope_theta": 10000.0,
+}
+
+
+def run_script(script: str, *arguments: str | Path, cwd: Path | None = None, **env: str):
+    """Run a script from the shell; gives the finished process with its output as text."""
+    return subprocess.run(
+        [sys.executable, ROOT / script, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=600,
+    )
+
+
+def write_model(folder: Path, model: Model, **params) -> Path:
+    """Write a folder such as convert.py makes, with Mistral's tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(MISTRAL_TOKENIZER, folder / "tokenizer.model")
+    weights = {
+        name: np.array(value if value.dtype == mx.uint32 else value.astype(mx.float16))
+        for name, value in tree_flatten(model.parameters())
+    }
+    np.savez(folder / "weights.npz", **weights)
+    config = {name: getattr(model.args, name) for name in TINY}
+    (folder / "params.json").write_text(json.dumps({**config, **params}))
+    return folder
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random model of three layers, as convert.py would write it."""
+    mx.random.seed(7)
+    return write_model(tmp_path_factory.mktemp("tiny"), Model(ModelArgs(**TINY)))
+
+
+@pytest.fixture(scope="session")
+def docstrings() -> list[str]:
+    """The first 200 characters of the docstrings of `mlx.nn`, in a fixed order, each once."""
+    texts = {inspect.getdoc(getattr(nn, name)) for name in dir(nn) if not name.startswith("_")}
+    return sorted(text[:200] for text in texts if text)
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory, docstrings) -> Path:
+    """A data folder with 24 records for training, 7 for validation and 7 for testing."""
+    folder = tmp_path_factory.mktemp("data")
+    write_jsonl(folder / "train.jsonl", docstrings[:24])
+    write_jsonl(folder / "valid.jsonl", docstrings[24:31])
+    write_jsonl(folder / "test.jsonl", docstrings[31:38])
+    return folder

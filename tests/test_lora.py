@@ -1,0 +1,554 @@
+"""Data, loss, training, generation and errors of lora.py, on a small random model."""
+
+import argparse
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
+from hypothesis import given
+from hypothesis import strategies as st
+from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+
+import lora
+from models import Model, ModelArgs
+
+import mlx.core as mx
+import mlx.nn as nn
+
+TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Simply maximum(x, 0).",
+        "  two spaces before, one after ",
+        "def f(x):\n    return x ** 2\n\n\tassert f(3) == 9",
+        "你好，世界",
+        "naïve café 🦙👩‍👩‍👧 \N{SNOWMAN}",
+        "<s> is text here, </s> too",
+        "",
+    ],
+)
+def test_token_ids_equal_mistrals_own_reader(text):
+    theirs = SentencePieceTokenizer(MISTRAL_TOKENIZER)
+    assert TOKENIZER.encode(text) == theirs.encode(text, bos=True, eos=False)
+    assert TOKENIZER.encode(text, eos=True) == theirs.encode(text, bos=True, eos=True)
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+    assert (TOKENIZER.eos_id, TOKENIZER.vocab_size) == (theirs.eos_id, theirs.n_words)
+
+
+@given(st.text(), st.text(), st.sampled_from([1, 2, 3, 7]))
+def test_streamed_text_is_what_decoding_all_at_once_gives(prompt, text, every):
+    prompt_ids = TOKENIZER.encode(prompt)
+    ids = TOKENIZER.encode(text)[1:]
+    pieces = list(lora.decode_stream(iter(ids), TOKENIZER, prompt_ids, every))
+    whole = TOKENIZER.decode(prompt_ids + ids)
+    assert TOKENIZER.decode(prompt_ids) + "".join(pieces) == whole
+    assert len(pieces) <= len(ids) // every + 1
+
+
+@given(st.lists(st.integers(3, 31999), max_size=40), st.sampled_from([1, 3, 7]))
+def test_any_ids_stream_to_what_decoding_them_all_at_once_gives(ids, every):
+    prompt_ids = TOKENIZER.encode("Q: a?\nA:")
+    pieces = lora.decode_stream(iter(ids), TOKENIZER, prompt_ids, every)
+    assert "Q: a?\nA:" + "".join(pieces) == TOKENIZER.decode(prompt_ids + ids)
+
+
+# -------------------------------------------------------------------------------------------------
+# Data
+
+
+def dataset(tmp_path, texts) -> lora.Dataset:
+    write_jsonl(tmp_path / "texts.jsonl", texts)
+    return lora.Dataset(tmp_path / "texts.jsonl")
+
+
+def sequences(batches) -> list[tuple[int, ...]]:
+    """The token sequences of batches, without their padding, sorted."""
+    rows = []
+    for inputs, targets, lengths in batches:
+        for row, target, length in zip(inputs, targets, lengths.tolist(), strict=True):
+            assert row[1:length].tolist() == target[: length - 1].tolist()
+            rows.append((row[0].item(), *target[:length].tolist()))
+    return sorted(rows)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
+def test_evaluation_batches_hold_every_record_once(tmp_path, docstrings, batch_size):
+    dset = dataset(tmp_path, docstrings[:26])
+    expected = sorted(tuple(TOKENIZER.encode(text, eos=True)) for text in docstrings[:26])
+    assert sequences(lora.iterate_batches(dset, TOKENIZER, batch_size)) == expected
+
+
+def test_every_training_epoch_has_an_order_of_its_own_which_the_seed_decides(tmp_path, docstrings):
+    dset = dataset(tmp_path, docstrings[:24])
+
+    def epochs(seed):
+        batches = lora.iterate_batches(dset, TOKENIZER, 4, train=True, seed=seed)
+        return [[next(batches)[0].tolist() for _ in range(6)] for _ in range(2)]
+
+    assert epochs(0) == epochs(0)
+    assert epochs(0) != epochs(1)
+    first, second = epochs(0)
+    assert first != second
+    assert sorted(len(row) for batch in first for row in batch) == sorted(
+        len(row) for batch in second for row in batch
+    )
+
+
+def test_training_leaves_out_other_records_in_each_epoch(tmp_path, docstrings):
+    dset = dataset(tmp_path, docstrings[:10])
+    batches = lora.iterate_batches(dset, TOKENIZER, 4, train=True)
+    seen = [sequences(next(batches) for _ in range(2)) for _ in range(20)]
+    assert all(len(set(epoch)) == 8 for epoch in seen)
+    assert len({row for epoch in seen for row in epoch}) == 10
+
+
+def test_a_data_set_is_tokenized_once(tmp_path, docstrings):
+    class CountingTokenizer(lora.Tokenizer):
+        calls = 0
+
+        def encode(self, s, eos=False):
+            self.calls += 1
+            return super().encode(s, eos)
+
+    tokenizer = CountingTokenizer(MISTRAL_TOKENIZER)
+    batches = lora.iterate_batches(dataset(tmp_path, docstrings[:8]), tokenizer, 4, train=True)
+    for _ in range(10):
+        next(batches)
+    assert tokenizer.calls == 8
+
+
+# -------------------------------------------------------------------------------------------------
+# Loss and evaluation
+
+
+def load_tiny(folder):
+    model, tokenizer = lora.load_model(folder, mx.float32)
+    return model, tokenizer
+
+
+def loss_by_hand(model, texts) -> float:
+    """Mean cross-entropy a token, record by record, with NumPy in float64."""
+    losses = []
+    for text in texts:
+        ids = TOKENIZER.encode(text, eos=True)
+        logits = np.array(model(mx.array([ids[:-1]]))[0][0]).astype(np.float64)
+        log_z = np.log(np.exp(logits).sum(-1))
+        losses += list(log_z - logits[np.arange(len(ids) - 1), ids[1:]])
+    return float(np.mean(losses))
+
+
+def test_masked_positions_do_not_move_the_loss(tiny_model):
+    model, _ = load_tiny(tiny_model)
+    inputs, targets = mx.array([[1, 5, 6, 7], [1, 8, 9, 0]]), mx.array([[5, 6, 7, 2], [8, 2, 0, 0]])
+    lengths = mx.array([4, 2])
+    value, n_tokens = lora.loss(model, inputs, targets, lengths)
+    other = mx.array([[5, 6, 7, 2], [8, 2, 31, 17]])
+    assert n_tokens.item() == 6
+    assert lora.loss(model, inputs, other, lengths)[0].item() == value.item()
+    longer = lora.loss(
+        model, mx.pad(inputs, [(0, 0), (0, 5)]), mx.pad(targets, [(0, 0), (0, 5)]), lengths
+    )
+    assert longer[0].item() == pytest.approx(value.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 64])
+def test_the_whole_set_gives_the_loss_computed_record_by_record(
+    tiny_model, tmp_path, docstrings, batch_size
+):
+    model, tokenizer = load_tiny(tiny_model)
+    dset = dataset(tmp_path, docstrings[:7])
+    value = lora.evaluate(model, dset, lora.loss, tokenizer, batch_size, -1)
+    assert value == pytest.approx(loss_by_hand(model, docstrings[:7]), rel=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------
+# Layers
+
+
+@pytest.mark.parametrize(
+    ("asked", "chosen"), [(1, [2]), (2, [1, 2]), (3, [0, 1, 2]), (16, [0, 1, 2])]
+)
+def test_the_top_layers_are_chosen_and_never_more_than_there_are(asked, chosen):
+    model = Model(ModelArgs(**TINY))
+    assert lora.top_layers(model, asked) == chosen
+
+
+def test_only_lora_matrices_are_trained():
+    model = Model(ModelArgs(**TINY))
+    lora.add_lora(model, [1, 2])
+    names = {name for name, _ in lora.tree_flatten(model.trainable_parameters())}
+    assert names == {
+        f"layers.{i}.attention.{w}.lora_{m}" for i in (1, 2) for w in ("wq", "wv") for m in "ab"
+    }
+
+
+def test_activations_behind_an_adapter_stay_half_precision(tiny_model):
+    model, _ = lora.load_model(tiny_model, mx.float16)
+    lora.add_lora(model, [0, 1, 2])
+    logits, cache = model(mx.array([[1, 2, 3]]))
+    assert logits.dtype == mx.float16
+    assert all(keys.dtype == values.dtype == mx.float16 for keys, values, _ in cache)
+
+
+def test_a_quantized_layer_counts_as_the_layer_that_it_was():
+    model = Model(ModelArgs(**TINY))
+    expected = sum(value.size for _, value in lora.tree_flatten(model.parameters()))
+    nn.quantize(model, 32, 3, class_predicate=lambda name, m: isinstance(m, nn.Linear))
+    assert lora.count_parameters(model) == expected
+
+
+# -------------------------------------------------------------------------------------------------
+# The script
+
+
+def train_script(model, data, *flags, **options):
+    return run_script(
+        "lora.py",
+        "--model",
+        model,
+        "--data",
+        data,
+        "--train",
+        "--learning-rate",
+        1e-2,
+        *flags,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, data, tmp_path_factory):
+    """A training run of twelve steps: the process and its adapter file."""
+    adapter = tmp_path_factory.mktemp("trained") / "adapters.npz"
+    process = train_script(
+        tiny_model, data, "--iters", 12, "--lora-layers", 2, "--steps-per-report", 5,
+        "--steps-per-eval", 6, "--adapter-file", adapter, "--test",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return process, adapter
+
+
+def test_training_prints_the_lines_that_log_readers_rely_on(trained):
+    lines = trained[0].stdout.splitlines()
+    patterns = [
+        r"Loading pretrained model",
+        r"Total parameters 4\.\d{3}M",
+        r"Trainable parameters 0\.004M",
+        r"Loading datasets",
+        r"Training",
+        r"Iter 1: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Iter 5: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
+        r"Iter 6: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Iter 10: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
+        r"Iter 12: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
+        r"Iter 12: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Testing",
+        r"Test loss \d+\.\d{3}, Test ppl \d+\.\d{3}\.",
+    ]
+    assert len(lines) == len(patterns), lines
+    for pattern, line in zip(patterns, lines, strict=True):
+        assert re.fullmatch(pattern, line), line
+    assert trained[0].stderr == ""
+
+
+def test_training_lowers_the_loss(trained):
+    losses = [float(loss) for loss in re.findall(r"Val loss (\S+),", trained[0].stdout)]
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_the_adapter_file_holds_the_lora_matrices_and_nothing_else(trained):
+    with np.load(trained[1]) as file:
+        shapes = {name: (file[name].shape, file[name].dtype) for name in file.files}
+    f32 = np.dtype(np.float32)
+    expected = {}
+    for i in (1, 2):
+        expected[f"layers.{i}.attention.wq.lora_a"] = (64, 8), f32
+        expected[f"layers.{i}.attention.wq.lora_b"] = (8, 64), f32
+        expected[f"layers.{i}.attention.wv.lora_a"] = (64, 8), f32
+        expected[f"layers.{i}.attention.wv.lora_b"] = (8, 32), f32
+    assert shapes == expected
+
+
+def test_one_seed_gives_the_same_adapters_byte_for_byte(tiny_model, data, tmp_path):
+    files = []
+    for i, seed in enumerate((3, 3, 4)):
+        files.append(tmp_path / f"{i}.npz")
+        process = train_script(
+            tiny_model, data, "--iters", 3, "--seed", seed, "--adapter-file", files[-1]
+        )
+        assert process.returncode == 0, process.stderr
+    same, again, other = (file.read_bytes() for file in files)
+    assert same == again
+    assert same != other
+
+
+def test_an_adapter_is_used_with_the_layers_that_it_was_trained_on(trained, tiny_model, data):
+    """Trained with two layers, tested without the flag: the loss is the one that training saw."""
+    process = run_script(
+        "lora.py", "--model", tiny_model, "--data", data, "--test", "--adapter-file", trained[1]
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.splitlines()[-1] == trained[0].stdout.splitlines()[-1]
+
+
+def test_the_base_model_is_tested_without_an_adapter(trained, tiny_model, data, docstrings):
+    process = run_script("lora.py", "--model", tiny_model, "--data", data, "--test", "--no-adapter")
+    value = float(re.search(r"Test loss (\S+),", process.stdout)[1])
+    model, _ = load_tiny(tiny_model)
+    assert value == pytest.approx(loss_by_hand(model, docstrings[31:38]), abs=1e-3)
+
+
+def test_resumed_training_starts_from_the_adapters_given(trained, tiny_model, data, tmp_path):
+    process = train_script(
+        tiny_model, data, "--iters", 1, "--resume-adapter-file", trained[1],
+        "--adapter-file", tmp_path / "more.npz",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    before = re.findall(r"Val loss (\S+),", trained[0].stdout)[-1]
+    assert re.findall(r"Val loss (\S+),", process.stdout)[0] == before
+    assert "Trainable parameters 0.004M" in process.stdout
+
+
+def test_adapters_are_saved_while_training_goes_on(tiny_model, data, tmp_path):
+    adapter = tmp_path / "adapters.npz"
+    command = [
+        sys.executable, ROOT / "lora.py", "--model", tiny_model, "--data", data, "--train",
+        "--iters", "100000", "--save-every", "2", "--adapter-file", adapter, "--val-batches", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not adapter.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert len(lora.read_adapter(adapter)) == 12
+
+
+def test_ctrl_c_exits_with_130(tiny_model, data, tmp_path):
+    command = [
+        sys.executable, ROOT / "lora.py", "--model", tiny_model, "--data", data, "--train",
+        "--iters", "100000", "--adapter-file", tmp_path / "a.npz", "--steps-per-report", "1",
+    ]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stdout:
+            if "Train loss" in line:
+                break
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
+def test_generated_text_stands_behind_the_prompt_and_nothing_else_does(tiny_model, tmp_path):
+    """Run where there is no data set."""
+    process = run_script(
+        "lora.py", "--model", tiny_model, "--no-adapter", "-p", "A llama 🦙", "-n", 9, "--temp", 0,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    model, tokenizer = load_tiny(tiny_model)
+    ids = tokenizer.encode("A llama 🦙")
+    for _ in range(9):
+        ids.append(int(model(mx.array([ids]))[0][0, -1].argmax()))
+    head, text = process.stdout.split("Generating\n")
+    assert text == tokenizer.decode(ids) + "\n"
+    assert head.splitlines() == ["Loading pretrained model", "Total parameters 4.189M"]
+    assert process.stderr == ""
+
+
+def test_sampled_text_depends_on_the_seed_alone(tiny_model):
+    def text(seed):
+        return run_script(
+            "lora.py", "--model", tiny_model, "--no-adapter", "-p", "a", "-n", 9, "--seed", seed
+        ).stdout  # fmt: skip
+
+    assert text(1) == text(1)
+    assert text(1) != text(2)
+
+
+def constant_model(folder, token):
+    """A model that always predicts `token`."""
+    model = Model(ModelArgs(**TINY))
+    for layer in model.layers:
+        layer.attention.wo.weight = mx.zeros_like(layer.attention.wo.weight)
+        layer.feed_forward.w2.weight = mx.zeros_like(layer.feed_forward.w2.weight)
+    model.tok_embeddings.weight = mx.ones_like(model.tok_embeddings.weight)
+    model.output.weight = mx.zeros_like(model.output.weight).at[token].add(1.0)
+    return write_model(folder, model)
+
+
+def test_generation_stops_at_the_end_token(tmp_path):
+    folder = constant_model(tmp_path, TOKENIZER.eos_id)
+    process = run_script("lora.py", "--model", folder, "--no-adapter", "-p", "hi")
+    assert process.stdout.endswith("Generating\nhi\n")
+
+
+def test_text_is_written_every_so_many_tokens(tmp_path, capsys, monkeypatch):
+    folder = constant_model(tmp_path, TOKENIZER.encode("the")[1])
+    model, tokenizer = load_tiny(folder)
+    written = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    lora.generate(
+        model, "Say", tokenizer, argparse.Namespace(num_tokens=8, temp=0.0, write_every=3)
+    )
+    assert [piece for piece in written if "the" in piece] == [" the the the"] * 2 + [" the the"]
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors
+
+
+def edited(folder, tmp_path, name, content):
+    """A copy of a model folder in which one file has other content; None removes it."""
+    copy = tmp_path / "edited"
+    copy.mkdir()
+    for file in folder.iterdir():
+        if file.name != name:
+            os.link(file, copy / file.name)
+        elif content is not None:
+            (copy / name).write_bytes(content)
+    return copy
+
+
+def error_of(*flags) -> str:
+    """The one line that a failed call prints; asserts status 2 and no traceback."""
+    process = run_script("lora.py", *flags)
+    assert process.returncode == 2, process.stdout + process.stderr
+    lines = process.stderr.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("lora.py: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "give --train, --test or --prompt"),
+        (["--train", "--lora-layers", "0"], "--lora-layers: '0' is not a whole number"),
+        (["--train", "--iters", "1.5"], "--iters: '1.5' is not a whole number"),
+        (["--train", "--learning-rate", "nan"], "--learning-rate: 'nan' is not a number above 0"),
+        (["--test", "--test-batches", "0"], "or -1 for all"),
+        (["--prompt", "hi", "--temp", "-1"], "--temp: '-1' is not a number of at least 0"),
+        (["--prompt", "hi", "--seed", "-1"], "--seed: '-1' is not a whole number from 0"),
+        (["--train", "--no-adapter"], "--no-adapter is for --test and --prompt"),
+        (["--test", "--resume-adapter-file", "a.npz"], "--resume-adapter-file goes with --train"),
+        (["--prompt", "hi", "--adapter-file", "no.npz"], "no adapter file no.npz: make one with"),
+        (["--train", "--adapter-file", "no/a.npz"], "folder of --adapter-file no/a.npz does not"),
+        (["--prompt", "hi", "--no-adapter", "--model", "nowhere"], "nowhere/params.json is"),
+        (["--tarin"], "unrecognized arguments: --tarin"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_cannot_work_is_one_line(flags, says):
+    assert says in error_of(*flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("params.json", None, "params.json is missing"),
+        ("params.json", b"{", "params.json does not describe a model"),
+        ("params.json", b"[]", "params.json does not describe a model"),
+        ("params.json", json.dumps({**TINY, "dim": "64"}).encode(), "does not describe a model"),
+        ("params.json", json.dumps({**TINY, "dim": 32}).encode(), "params.json implies"),
+        ("params.json", json.dumps({**TINY, "n_layers": 4}).encode(), "lacks layers.3."),
+        ("params.json", json.dumps({**TINY, "vocab_size": 100}).encode(), "has 32000 tokens"),
+        ("params.json", json.dumps({"dim": 64}).encode(), "does not describe a model"),
+        ("weights.npz", None, "weights.npz is missing"),
+        ("weights.npz", b"PK not a zip", "weights.npz is damaged"),
+        ("tokenizer.model", None, "tokenizer.model is missing"),
+        ("tokenizer.model", b"no tokenizer", "is not a SentencePiece model"),
+    ],
+)
+def test_a_damaged_model_folder_is_one_line(tiny_model, tmp_path, name, content, says):
+    folder = edited(tiny_model, tmp_path, name, content)
+    assert says in error_of("--model", folder, "--no-adapter", "--prompt", "hi")
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "train.jsonl is missing"),
+        (b"", "train.jsonl is empty"),
+        (b"\n \n", "train.jsonl is empty"),
+        (b'{"text": "a"}\n{"text": \n', "train.jsonl, line 2 is not JSON"),
+        (b'{"text": "a"}\n\xff\n', "train.jsonl, line 2 is not UTF-8"),
+        (b'{"txt": "a"}\n', "train.jsonl, line 1 has no text"),
+        (b'{"text": 1}\n', "train.jsonl, line 1 has no text"),
+        (b'{"text": ""}\n', "train.jsonl, line 1 has no text"),
+        (b'["text"]\n', "train.jsonl, line 1 has no text"),
+        (b'{"text": "\\ud800"}\n', "train.jsonl, line 1 holds half a character"),
+    ],
+)
+def test_malformed_data_is_one_line_that_names_file_and_line(tiny_model, tmp_path, content, says):
+    if content is not None:
+        (tmp_path / "train.jsonl").write_bytes(content)
+    adapter = tmp_path / "a.npz"
+    assert says in error_of(
+        "--model", tiny_model, "--data", tmp_path, "--train", "--adapter-file", adapter
+    )
+    assert not adapter.exists()
+
+
+@pytest.mark.parametrize(
+    ("matrices", "says"),
+    [
+        ({}, "holds no LoRA matrices"),
+        ({"layers.0.attention.wk.lora_a": (64, 8)}, "which is no LoRA matrix"),
+        ({"layers.9.attention.wq.lora_a": (64, 8)}, "adapts layer 9 of a model that has 3"),
+        ({"layers.0.attention.wq.lora_a": (64, 8)}, "lacks layers.0.attention.w"),
+        (
+            {
+                "layers.0.attention.wq.lora_a": (32, 8),
+                "layers.0.attention.wq.lora_b": (8, 64),
+                "layers.0.attention.wv.lora_a": (32, 8),
+                "layers.0.attention.wv.lora_b": (8, 32),
+            },
+            "the model needs (64, 8)",
+        ),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_one_line(tiny_model, tmp_path, matrices, says):
+    file = tmp_path / "a.npz"
+    np.savez(file, **{name: np.zeros(shape, np.float32) for name, shape in matrices.items()})
+    assert says in error_of("--model", tiny_model, "--adapter-file", file, "--prompt", "hi")
+
+
+def test_a_damaged_adapter_file_is_one_line(tiny_model, trained, tmp_path):
+    file = tmp_path / "a.npz"
+    file.write_bytes(trained[1].read_bytes()[:-100])
+    assert "is no adapter file" in error_of(
+        "--model", tiny_model, "--adapter-file", file, "--prompt", "hi"
+    )
+
+
+def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_model, data, tmp_path):
+    """/dev/full stands for the disk: every write to it fails with "no space left"."""
+    adapter = tmp_path / "adapters.npz"
+    adapter.write_bytes(b"what was there")
+    (tmp_path / "adapters.npz.partial").symlink_to("/dev/full")
+    process = train_script(tiny_model, data, "--iters", 1, "--adapter-file", adapter)
+    assert process.returncode == 1
+    assert process.stderr.splitlines() == ["lora.py: error: [Errno 28] No space left on device"]
+    assert adapter.read_bytes() == b"what was there"
+
+
+def test_perplexity_is_the_exponential_of_the_loss(trained):
+    loss, ppl = re.search(r"Test loss (\S+), Test ppl (\S+)\.$", trained[0].stdout, re.M).groups()
+    assert float(ppl) == pytest.approx(math.exp(float(loss)), rel=1e-3)

@@ -1,0 +1,209 @@
+"""The network, against transformers' Llama and against arithmetic by hand."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TINY
+
+from models import LoRALinear, Model, ModelArgs
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+import lora
+
+HF_NAMES = {
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def half_split(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """Reorder query or key rows from Meta's interleaved pairs to Hugging Face's two halves."""
+    head_dim = rows.shape[0] // n_heads
+    pairs = rows.reshape(n_heads, head_dim // 2, 2, *rows.shape[1:])
+    return pairs.transpose(1, 2).reshape(rows.shape)
+
+
+def reference(args: ModelArgs, seed: int = 0) -> tuple[transformers.LlamaForCausalLM, Model]:
+    """transformers' Llama with random weights, and our model with the same ones."""
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        hidden_size=args.dim,
+        num_hidden_layers=args.n_layers,
+        num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_kv_heads,
+        head_dim=args.head_dim,
+        intermediate_size=args.hidden_dim,
+        rms_norm_eps=args.norm_eps,
+        vocab_size=args.vocab_size,
+        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        attn_implementation="eager",
+    )
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    weights = {}
+
+    def fill(our_name: str, parameter: torch.Tensor) -> None:
+        value = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.08)
+        value = value + (1 if parameter.ndim == 1 else 0)
+        weights[our_name] = mx.array(value.numpy())
+        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(our_name.split(".")[-2])
+        parameter.data.copy_(half_split(value, heads) if heads else value)
+
+    fill("tok_embeddings.weight", theirs.model.embed_tokens.weight)
+    fill("norm.weight", theirs.model.norm.weight)
+    fill("output.weight", theirs.lm_head.weight)
+    for i in range(args.n_layers):
+        for ours, name in HF_NAMES.items():
+            module = theirs.model.layers[i].get_submodule(name)
+            fill(f"layers.{i}.{ours}.weight", module.weight)
+    model = Model(args)
+    model.load_weights(list(weights.items()))
+    return theirs, model
+
+
+@pytest.fixture(params=[(4, 10000.0), (2, 10000.0), (1, 500000.0)], ids=str)
+def args(request) -> ModelArgs:
+    n_kv_heads, theta = request.param
+    return ModelArgs(**{**TINY, "n_kv_heads": n_kv_heads, "rope_theta": theta, "vocab_size": 300})
+
+
+TOKENS = np.random.default_rng(0).integers(0, 300, (2, 40))
+
+
+def expected_logits(theirs: transformers.LlamaForCausalLM) -> np.ndarray:
+    with torch.no_grad():
+        return theirs(torch.tensor(TOKENS)).logits.numpy()
+
+
+def test_logits_equal_transformers_in_one_pass(args):
+    theirs, ours = reference(args)
+    logits, _ = ours(mx.array(TOKENS))
+    np.testing.assert_allclose(logits, expected_logits(theirs), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("cuts", [range(1, 40), [7, 8, 9, 30], [39]], ids=str)
+def test_logits_equal_transformers_with_the_cache(args, cuts):
+    theirs, ours = reference(args)
+    cache, pieces = None, []
+    for piece in np.split(TOKENS, list(cuts), axis=1):
+        logits, cache = ours(mx.array(piece), cache)
+        pieces.append(np.array(logits))
+    np.testing.assert_allclose(
+        np.concatenate(pieces, axis=1), expected_logits(theirs), atol=1e-4, rtol=0
+    )
+
+
+def test_a_cache_that_has_grown_twice_still_gives_the_logits_of_one_pass():
+    args = ModelArgs(**{**TINY, "vocab_size": 300, "n_layers": 2})
+    _, model = reference(args)
+    tokens = mx.array(np.random.default_rng(1).integers(0, 300, (1, 600)))
+    at_once, _ = model(tokens)
+    cache, last = None, []
+    for start, stop in [(0, 10), (10, 250), *((i, i + 1) for i in range(250, 600))]:
+        logits, cache = model(tokens[:, start:stop], cache)
+        last.append(logits[:, -1])
+    expected = np.array(at_once)[:, [9, 249, *range(250, 600)]]
+    np.testing.assert_allclose(np.stack(last, axis=1), expected, atol=1e-4, rtol=0)
+
+
+def test_two_continuations_of_one_cache_do_not_disturb_each_other():
+    _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
+    _, cache = model(mx.array(TOKENS[:, :8]))
+    _, cache = model(mx.array(TOKENS[:, 8:9]), cache)
+    first, first_cache = model(mx.array(TOKENS[:, 9:10]), cache)
+    _, _ = model(mx.array(TOKENS[:, 20:21]), cache)
+    again, _ = model(mx.array(TOKENS[:, 10:11]), first_cache)
+    at_once, _ = model(mx.array(TOKENS[:, :11]))
+    np.testing.assert_allclose(again[:, 0], at_once[:, 10], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(first[:, 0], at_once[:, 9], atol=1e-4, rtol=0)
+
+
+def test_lora_gradients_equal_torch_autograd_of_the_same_formula():
+    args = ModelArgs(**{**TINY, "vocab_size": 300})
+    theirs, ours = reference(args)
+    rng = np.random.default_rng(2)
+    lora.add_lora(ours, [1, 2], rank=4)
+    matrices, leaves = {}, {}
+    for i in (1, 2):
+        attention = theirs.model.layers[i].self_attn
+        for name, module, heads in (
+            ("wq", attention.q_proj, args.n_heads),
+            ("wv", attention.v_proj, None),
+        ):
+            a = rng.normal(0, 0.1, (args.dim, 4)).astype(np.float32)
+            b = rng.normal(0, 0.1, (4, module.weight.shape[0])).astype(np.float32)
+            key = f"layers.{i}.attention.{name}"
+            matrices[f"{key}.lora_a"], matrices[f"{key}.lora_b"] = mx.array(a), mx.array(b)
+            leaf_a = leaves[f"{key}.lora_a"] = torch.tensor(a, requires_grad=True)
+            leaf_b = leaves[f"{key}.lora_b"] = torch.tensor(b, requires_grad=True)
+
+            def add_update(_, x, y, a=leaf_a, b=leaf_b, heads=heads):
+                columns = half_split(b.T, heads).T if heads else b
+                return y + 2.0 * (x[0] @ a) @ columns
+
+            module.register_forward_hook(add_update)
+    ours.update(tree_unflatten(list(matrices.items())))
+
+    lengths = [39, 17]
+    logits = theirs(torch.tensor(TOKENS[:, :-1])).logits
+    expected = torch.cat(
+        [
+            torch.nn.functional.cross_entropy(
+                logits[row, :n], torch.tensor(TOKENS[row, 1 : n + 1]), reduction="none"
+            )
+            for row, n in enumerate(lengths)
+        ]
+    ).mean()
+    expected.backward()
+
+    tokens = mx.array(TOKENS)
+    (value, n_tokens), gradients = nn.value_and_grad(ours, lora.loss)(
+        ours, tokens[:, :-1], tokens[:, 1:], mx.array(lengths)
+    )
+    assert n_tokens.item() == sum(lengths)
+    assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    for key, leaf in leaves.items():
+        gradient = gradients
+        for part in key.split("."):
+            gradient = gradient[int(part) if part.isdigit() else part]
+        scale = leaf.grad.abs().max().item()
+        np.testing.assert_allclose(np.array(gradient) / scale, leaf.grad / scale, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)
+def test_an_adapter_keeps_the_dtype_of_the_layer_that_it_wraps(dtype):
+    linear = nn.Linear(64, 32, bias=False)
+    linear.set_dtype(dtype)
+    layer = LoRALinear.from_linear(linear)
+    assert layer.lora_a.dtype == layer.lora_b.dtype == mx.float32
+    assert layer(mx.ones((2, 3, 64), dtype)).dtype == dtype
+
+
+def test_an_adapter_computes_the_formula_of_the_paper():
+    layer = LoRALinear.from_linear(nn.Linear(64, 32, bias=False), rank=5)
+    assert layer.lora_a.shape == (64, 5)
+    assert np.abs(layer.lora_a).max() <= 1 / 8
+    assert np.array(layer.lora_b).tolist() == np.zeros((5, 32)).tolist()
+    layer.lora_b = mx.random.normal((5, 32))
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
+    w, a, b = (np.array(m) for m in (layer.linear.weight, layer.lora_a, layer.lora_b))
+    np.testing.assert_allclose(layer(mx.array(x)), x @ w.T + 2 * (x @ a) @ b, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_the_input_size_of_a_quantized_layer_is_that_of_the_layer_it_was(bits):
+    linear = nn.QuantizedLinear.from_linear(nn.Linear(256, 96, bias=False), 64, bits)
+    layer = LoRALinear.from_linear(linear)
+    assert layer.lora_a.shape == (256, 8)
+    assert layer.lora_b.shape == (8, 96)
+    assert layer(mx.ones((2, 256))).shape == (2, 96)
