@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Ask the base model and the adapted one the same question. Edit the block below, or give any of its
+# variables in the environment: QUESTION='What is Adam in mlx?' ./run-inference.sh
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+PYTHON=${PYTHON:-python3}
+MODEL=${MODEL:-$here/base-model-mlx}
+ADAPTER=${ADAPTER:-$here/adapters.npz}
+QUESTION=${QUESTION:-What is ReLU in mlx?}
+PROMPT=${PROMPT:-"Q: $QUESTION"$'\n'"A:"}  # as in the records that the adapter was trained on
+NUM_TOKENS=${NUM_TOKENS:-100}
+TEMP=${TEMP:-0}  # greedy
+
+ask() {
+    "$PYTHON" "$here/lora.py" --model "$MODEL" --prompt "$PROMPT" --num-tokens "$NUM_TOKENS" \
+        --temp "$TEMP" "$@"
+}
+
+echo "== The base model"
+ask --no-adapter
+
+echo "== The adapted model"
+ask --adapter-file "$ADAPTER"

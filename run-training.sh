@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# The main job, from a PyTorch checkpoint to a tested adapter. Edit the block below, or give any of
+# its variables in the environment: ITERS=100 ./run-training.sh
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+PYTHON=${PYTHON:-python3}
+TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama or Mistral download
+MODEL=${MODEL:-$here/base-model-mlx}        # the converted model
+CONVERT_FLAGS=${CONVERT_FLAGS:-}            # -q: 4 bits a weight, so that training is QLoRA
+PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn, in case DATA is not there
+DATA=${DATA:-$here/mlx-doc-data}            # train.jsonl, valid.jsonl, test.jsonl
+ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
+LORA_LAYERS=${LORA_LAYERS:-16}              # of 30: the upper half learns as much, in less time
+BATCH_SIZE=${BATCH_SIZE:-4}
+ITERS=${ITERS:-60}                          # some four minutes on two cores
+LEARNING_RATE=${LEARNING_RATE:-5e-4}        # a small model bears, and needs, fifty times the default
+
+if [ "$TORCH_PATH" = "$here/base-model" ]; then
+    "$PYTHON" "$here/base-model/make.py"
+fi
+if [ ! -f "$MODEL/params.json" ]; then
+    # shellcheck disable=SC2086  # flags are words
+    "$PYTHON" "$here/convert.py" --torch-path "$TORCH_PATH" --mlx-path "$MODEL" $CONVERT_FLAGS
+fi
+if [ ! -f "$DATA/train.jsonl" ]; then
+    # shellcheck disable=SC2086  # package names are words
+    "$PYTHON" "$here/cwk_create_dataset.py" $PACKAGES --data-folder "$DATA"
+fi
+
+lora() { "$PYTHON" "$here/lora.py" --model "$MODEL" --data "$DATA" "$@"; }
+
+echo "== The base model"
+lora --test --test-batches -1 --no-adapter
+
+echo "== Training"
+lora --train --adapter-file "$ADAPTER" --lora-layers "$LORA_LAYERS" --batch-size "$BATCH_SIZE" \
+    --iters "$ITERS" --learning-rate "$LEARNING_RATE"
+
+echo "== The adapted model"
+lora --test --test-batches -1 --adapter-file "$ADAPTER"
