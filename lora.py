@@ -26,7 +26,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import FAST_BLAS, LoRALinear, Model, ModelArgs
+from models import FAST_BLAS, ON_CPU, LoRALinear, Model, ModelArgs, cross_entropy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -335,7 +335,7 @@ def loss(
     inputs, targets: (B, L); lengths: (B,), the first so many targets of a row count.
     """
     logits, _ = model(inputs)
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), targets)  # (B, L)
+    losses, _ = cross_entropy(logits, targets)  # (B, L)
     mask = mx.arange(targets.shape[1]) < lengths[:, None]
     n_tokens = mask.sum()
     return mx.where(mask, losses, 0).sum() / n_tokens, n_tokens
@@ -552,14 +552,10 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
             f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
-    if dtype is None and on_cpu():
+    if dtype is None and ON_CPU:
         dtype = mx.float32
     load_weights(model, folder / "weights.npz", dtype)
     return model, tokenizer
-
-
-def on_cpu() -> bool:
-    return mx.default_device() == mx.Device(mx.cpu)
 
 
 def read_config(path: Path) -> Model:
@@ -646,7 +642,7 @@ def run(args: argparse.Namespace) -> None:
     check_arguments(args)
     mx.random.seed(args.seed)
     np.random.seed(args.seed)
-    if on_cpu() and not FAST_BLAS:
+    if ON_CPU and not FAST_BLAS:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
 
     say("Loading pretrained model")
