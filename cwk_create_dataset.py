@@ -103,22 +103,34 @@ def own_docstring(value: object) -> str | None:
 def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
     """Every public object of a package once, as (name, dotted name, object).
 
-    Breadth first, so that an object's path is the shortest public one, and the alphabetically first
-    of several. A member of a class is named with it.
+    Level by level, so that an object's path is the shortest public one; of several, the one where
+    it was defined, else the alphabetically first. A member of a class is named with it.
     """
     seen = {id(package)}
-    queue = deque([("", package.__name__, package)])
-    while queue:
-        prefix, path, owner = queue.popleft()
-        for name, value in public_members(owner):
-            if id(value) in seen or not belongs_to(value, package.__name__):
+    level = [("", package.__name__, package)]
+    while level:
+        found = [
+            (f"{prefix}{name}", f"{path}.{name}", value)
+            for prefix, path, owner in level
+            for name, value in public_members(owner)
+            if belongs_to(value, package.__name__)
+        ]
+        found.sort(key=lambda entry: (entry[1] != home(entry[2]), entry[1]))
+        level = []
+        for name, path, value in found:
+            if id(value) in seen:
                 continue
             seen.add(id(value))
-            yield f"{prefix}{name}", f"{path}.{name}", value
+            yield name, path, value
             if inspect.ismodule(value):
-                queue.append(("", f"{path}.{name}", value))
+                level.append(("", path, value))
             elif inspect.isclass(value):
-                queue.append((f"{prefix}{name}.", f"{path}.{name}", value))
+                level.append((f"{name}.", path, value))
+
+
+def home(value: object) -> str:
+    """The dotted name under which an object was defined, as far as it knows."""
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
 
 
 def read_package(package: str) -> tuple[list[Record], list[str]]:

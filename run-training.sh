@@ -13,8 +13,9 @@ DATA=${DATA:-$here/mlx-doc-data}            # train.jsonl, valid.jsonl, test.jso
 ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
 LORA_LAYERS=${LORA_LAYERS:-16}              # of 30: the upper half learns as much, in less time
 BATCH_SIZE=${BATCH_SIZE:-4}
-ITERS=${ITERS:-60}                          # some four minutes on two cores
-LEARNING_RATE=${LEARNING_RATE:-5e-4}        # a small model bears, and needs, fifty times the default
+ITERS=${ITERS:-40}                          # some four minutes on two cores
+LEARNING_RATE=${LEARNING_RATE:-1e-3}        # a small model bears, and needs, a hundred times 1e-5
+VAL_BATCHES=${VAL_BATCHES:-5}               # a look on the way; the test is on all of its set
 
 if [ "$TORCH_PATH" = "$here/base-model" ]; then
     "$PYTHON" "$here/base-model/make.py"
@@ -35,7 +36,7 @@ lora --test --test-batches -1 --no-adapter
 
 echo "== Training"
 lora --train --adapter-file "$ADAPTER" --lora-layers "$LORA_LAYERS" --batch-size "$BATCH_SIZE" \
-    --iters "$ITERS" --learning-rate "$LEARNING_RATE"
+    --iters "$ITERS" --learning-rate "$LEARNING_RATE" --val-batches "$VAL_BATCHES"
 
 echo "== The adapted model"
 lora --test --test-batches -1 --adapter-file "$ADAPTER"

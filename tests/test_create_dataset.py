@@ -1,0 +1,218 @@
+"""cwk_create_dataset.py on MLX itself and on small packages made for the tests."""
+
+import json
+
+import mlx.core as mx
+import pytest
+from conftest import run_script
+
+import cwk_create_dataset as dataset
+
+OLD_RELU = '''
+class ReLU:
+    """Applies the Rectified Linear Unit.
+
+    Simply ``mx.maximum(x, 0)``."""
+'''
+
+
+def read(folder) -> dict[str, list[str]]:
+    return {
+        name: [json.loads(line)["text"] for line in (folder / name).read_text().splitlines()]
+        for name in dataset.DATASET
+    }
+
+
+@pytest.fixture(scope="module")
+def mlx_data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mlx")
+    process = run_script("cwk_create_dataset.py", "--data-folder", folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def make_package(folder, name, **modules) -> None:
+    """A package of the given modules; `__init__` is its own."""
+    (folder / name).mkdir()
+    for module, source in {"__init__": "", **modules}.items():
+        (folder / name / f"{module}.py").write_text(source)
+
+
+def run(folder, *arguments):
+    return run_script("cwk_create_dataset.py", *arguments, PYTHONPATH=str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "dotted_name"),
+    [
+        ("ReLU", "mlx.nn.ReLU"),
+        ("add", "mlx.core.add"),
+        ("array.astype", "mlx.core.array.astype"),
+        ("fft", "mlx.core.fft.fft"),
+        ("Module.update", "mlx.nn.Module.update"),
+        ("Adam", "mlx.optimizers.Adam"),
+        ("tree_map", "mlx.utils.tree_map"),
+        ("Device", "mlx.core.Device"),
+    ],
+)
+def test_an_object_has_one_record_under_its_shortest_public_name(mlx_data, name, dotted_name):
+    texts = [text for texts in read(mlx_data).values() for text in texts]
+    found = [text for text in texts if text.startswith(f"Q: What is {name} in mlx?\nA: mlx.")]
+    named = [text for text in found if text.split("\nA: ")[1].startswith(f"{dotted_name} ")]
+    assert len(named) == 1
+    assert not [text for text in texts if "\nA: mlx.nn.layers." in text]
+
+
+def test_the_record_of_relu_begins_as_documented(mlx_data):
+    relu = "Q: What is ReLU in mlx?\nA: mlx.nn.ReLU Applies the Rectified Linear Unit."
+    texts = [text for texts in read(mlx_data).values() for text in texts]
+    assert sum(text.startswith(f"{relu}\n\nSimply ``mx.maximum(x, 0)``.") for text in texts) == 1
+
+
+def test_every_documented_function_of_the_compiled_module_has_a_record(mlx_data):
+    texts = [text for texts in read(mlx_data).values() for text in texts]
+    answers = {text.split("\nA: ")[1].split(" ")[0] for text in texts}
+    for module in (mx, mx.fft, mx.linalg, mx.random, mx.fast):
+        for name in dir(module):
+            value = getattr(module, name)
+            if not name.startswith("_") and callable(value) and value.__doc__:
+                same = {f"mlx.core.{other}" for other in dir(mx) if getattr(mx, other) is value}
+                typed = value.__doc__ == type(value).__doc__  # an instance: the text is its class's
+                assert typed or {f"{module.__name__}.{name}", *same} & answers, name
+
+
+def test_no_docstring_of_one_file_stands_in_another(mlx_data):
+    docstrings = {
+        name: {text.split("\nA: ", 1)[1].split(" ", 1)[1] for text in texts}
+        for name, texts in read(mlx_data).items()
+    }
+    train, valid, test = docstrings.values()
+    assert not train & valid
+    assert not train & test
+    assert not valid & test
+
+
+def test_a_tenth_of_the_records_is_for_testing_and_a_tenth_for_validation(mlx_data):
+    sizes = {name: len(texts) for name, texts in read(mlx_data).items()}
+    total = sum(sizes.values())
+    assert total > 500
+    assert abs(sizes["test.jsonl"] - total / 10) <= 3
+    assert abs(sizes["valid.jsonl"] - total / 10) <= 3
+
+
+def test_two_runs_give_the_same_files_byte_for_byte(mlx_data, tmp_path):
+    process = run_script("cwk_create_dataset.py", "--data-folder", tmp_path, PYTHONHASHSEED="5")
+    assert process.returncode == 0, process.stderr
+    for name in dataset.DATASET:
+        assert (tmp_path / name).read_bytes() == (mlx_data / name).read_bytes()
+
+
+def test_a_record_is_the_documented_line_byte_for_byte(tmp_path):
+    make_package(tmp_path, "mlx_then", __init__="from mlx_then.nn import *", nn=OLD_RELU)
+    make_package(tmp_path, "more", __init__='def a():\n    "A."\n\ndef b():\n    "B."\n')
+    process = run(tmp_path, "mlx_then", "more", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    lines = [line for name in dataset.DATASET for line in (tmp_path / "data" / name).open()]
+    assert (
+        '{"text": "Q: What is ReLU in mlx_then?\\nA: mlx_then.ReLU Applies the Rectified Linear '
+        'Unit.\\n\\nSimply ``mx.maximum(x, 0)``."}\n'
+    ) in lines
+
+
+def test_private_inherited_and_foreign_objects_have_no_record(tmp_path):
+    make_package(
+        tmp_path,
+        "lib",
+        __init__="from json import dumps\nfrom lib._inner import shown, Child\n",
+        _inner="""
+def shown():
+    "Shown."
+
+def _hidden():
+    "Hidden."
+
+class Parent:
+    "Parent."
+    def method(self):
+        "Method."
+
+class Child(Parent):
+    def method(self):
+        pass
+    @property
+    def size(self):
+        "Size."
+    @classmethod
+    def make(cls):
+        "Make."
+""",
+        tests='raise SystemExit("tests are not imported")',
+    )
+    process = run(tmp_path, "lib", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == ""
+    texts = sorted(text for texts in read(tmp_path / "data").values() for text in texts)
+    assert texts == [
+        "Q: What is Child.make in lib?\nA: lib.Child.make Make.",
+        "Q: What is Child.size in lib?\nA: lib.Child.size Size.",
+        "Q: What is shown in lib?\nA: lib.shown Shown.",
+    ]
+
+
+def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
+    good = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    make_package(
+        tmp_path,
+        "lib",
+        bad="import no_such_module",
+        good=good,
+        leaves="import sys\nprint('noise')\nsys.exit(3)",
+    )
+    process = run(tmp_path, "lib", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0
+    assert sum(map(len, read(tmp_path / "data").values())) == 5
+    assert "noise" not in process.stdout
+    assert (
+        "skipped lib.bad (ModuleNotFoundError: No module named 'no_such_module')" in process.stderr
+    )
+    assert "skipped lib.leaves (SystemExit: 3)" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("docstring", "cleaned"),
+    [
+        ("See :func:`relu`.", "See relu."),
+        ("See :py:class:`~mlx.nn.ReLU` and :ref:`this page <usage>`.", "See ReLU and this page."),
+        ("Sum.\n\n.. math::\n\n    a + b\n", "Sum.\n\n    a + b"),
+        (".. note:: Slow.\n\n>>> f(1)\n2", "Slow.\n\n>>> f(1)\n2"),
+        ("One.   \n\n\n\nTwo ``x`` and `y`.", "One.\n\nTwo ``x`` and `y`."),
+        ("Summary.\n    More of it.", "Summary.\n\nMore of it."),
+    ],
+)
+def test_docstrings_are_cleaned(docstring, cleaned):
+    assert dataset.clean(docstring) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [
+        ("One two.\n\nThree four.", 100, "One two.\n\nThree four."),
+        ("One two.\n\nThree four.", 15, "One two."),
+        ("One two\nThree four", 15, "One two"),
+        ("One two three", 9, "One two"),
+        ("One two", 7, "One two"),
+        ("Onetwothree", 4, "Onet"),
+    ],
+)
+def test_long_docstrings_are_cut_between_paragraphs_lines_or_words(text, limit, expected):
+    assert dataset.cut(text, limit) == expected
+
+
+def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
+    process = run(tmp_path, "no_such_package", "--data-folder", tmp_path / "data")
+    assert process.returncode == 2
+    assert process.stderr.splitlines() == [
+        "cwk_create_dataset.py: error: no_such_package gave 0 docstrings: no_such_package "
+        "(ModuleNotFoundError: No module named 'no_such_package')"
+    ]
+    assert not (tmp_path / "data").exists()
