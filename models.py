@@ -147,6 +147,34 @@ class ModelArgs:
     rope_theta: float = 10000.0
 
 
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's quantized layer, with a faster way for a CPU, whose quantized product is slow.
+
+    There the weights are dequantized for each product of more than a row or two. They are not kept
+    for the backward pass, but dequantized again.
+    """
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not ON_CPU or x.size <= 2 * x.shape[-1]:
+            return super().__call__(x)
+        settings = {"group_size": self.group_size, "bits": self.bits}
+
+        def product(x: mx.array) -> mx.array:
+            return x @ mx.dequantize(self.weight, self.scales, self.biases, **settings).T
+
+        return mx.checkpoint(product)(x)
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` without a bias; `nn.quantize` makes it a `QuantizedLinear` of this file."""
+
+    def __init__(self, input_dims: int, output_dims: int):
+        super().__init__(input_dims, output_dims, bias=False)
+
+    def to_quantized(self, group_size: int, bits: int, **_) -> QuantizedLinear:
+        return QuantizedLinear.from_linear(self, group_size, bits)
+
+
 class LoRALinear(nn.Module):
     """A frozen linear layer plus a trained low-rank update: `linear(x) + 2 (x A) B`.
 
@@ -205,10 +233,10 @@ class Attention(nn.Module):
         self.head_dim = args.head_dim
         self.scale = args.head_dim**-0.5
         self.rope_theta = args.rope_theta
-        self.wq = nn.Linear(args.dim, args.n_heads * args.head_dim, bias=False)
-        self.wk = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wv = nn.Linear(args.dim, args.n_kv_heads * args.head_dim, bias=False)
-        self.wo = nn.Linear(args.n_heads * args.head_dim, args.dim, bias=False)
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.wo = Linear(args.n_heads * args.head_dim, args.dim)
 
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
         """x: (B, L, D), the positions after those in `cache`. Gives (B, L, D) and the new cache."""
@@ -261,9 +289,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.w1 = nn.Linear(args.dim, args.hidden_dim, bias=False)
-        self.w2 = nn.Linear(args.hidden_dim, args.dim, bias=False)
-        self.w3 = nn.Linear(args.dim, args.hidden_dim, bias=False)
+        self.w1 = Linear(args.dim, args.hidden_dim)
+        self.w2 = Linear(args.hidden_dim, args.dim)
+        self.w3 = Linear(args.dim, args.hidden_dim)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.w2(swiglu(self.w1(x), self.w3(x)))
@@ -294,7 +322,7 @@ class Model(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = nn.Linear(args.dim, args.vocab_size, bias=False)
+        self.output = Linear(args.dim, args.vocab_size)
 
     def __call__(
         self, inputs: mx.array, cache: list[LayerCache] | None = None

@@ -1,5 +1,6 @@
 """The embedded base model, made for real, and the whole way from it to an answer."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -176,7 +178,7 @@ def test_decoding_gives_back_odd_text(ours, text):
 
 def test_tokens_agree_with_hugging_faces_on_documentation_and_code(ours, theirs, docstrings):
     """At least 99.5 % of the texts' tokens stand at the same characters in both."""
-    sources = [Path(os.__file__).with_name(name).read_text() for name in ("ast.py", "json/tool.py")]
+    sources = [Path(module.__file__).read_text() for module in (argparse, json, textwrap)]
     texts = [*docstrings, *(source[:20000] for source in sources)]
 
     def spans(ids, decode):
@@ -281,3 +283,10 @@ def test_the_scripts_stop_at_the_first_error(tmp_path):
     assert process.returncode == 2
     assert process.stderr.startswith("convert.py: error: ")
     assert "==" not in process.stdout
+
+
+@pytest.mark.parametrize("name", ["run-training.sh", "run-inference.sh", ".ci/run"])
+def test_the_shell_scripts_pass_shellcheck(name):
+    shellcheck = Path(sys.executable).with_name("shellcheck")
+    process = subprocess.run([shellcheck, ROOT / name], capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout

@@ -6,7 +6,7 @@ import torch
 import transformers
 from conftest import TINY
 
-from models import LoRALinear, Model, ModelArgs
+from models import Linear, LoRALinear, Model, ModelArgs
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -207,3 +207,17 @@ def test_the_input_size_of_a_quantized_layer_is_that_of_the_layer_it_was(bits):
     assert layer.lora_a.shape == (256, 8)
     assert layer.lora_b.shape == (8, 96)
     assert layer(mx.ones((2, 256))).shape == (2, 96)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_quantized_layer_computes_what_its_dequantized_weights_say_and_so_does_its_gradient(bits):
+    layer = Linear(128, 96).to_quantized(group_size=32, bits=bits)
+    parts = (layer.weight, layer.scales, layer.biases)
+    weight = np.array(mx.dequantize(*parts, group_size=32, bits=bits))
+    rng = np.random.default_rng(bits)
+    for rows in (1, 2, 3, 50):
+        x = rng.normal(size=(1, rows, 128)).astype(np.float32)
+        upstream = rng.normal(size=(1, rows, 96)).astype(np.float32)
+        np.testing.assert_allclose(layer(mx.array(x)), x @ weight.T, atol=1e-4)
+        gradient = mx.grad(lambda x, u=upstream: (layer(x) * mx.array(u)).sum())(mx.array(x))
+        np.testing.assert_allclose(gradient, upstream @ weight, atol=1e-4)
