@@ -36,6 +36,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PAD_TO = 8  # sequence lengths are multiples of this: few shapes, little padding
 
 # -------------------------------------------------------------------------------------------------
@@ -96,6 +97,13 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--model", default="mlx_model", help="folder made by convert.py")
     add(group, "--adapter-file", default="adapters.npz", help="adapters to write, or to use")
     add(group, "--no-adapter", action="store_true", help="test or generate with the base model")
+    add(
+        group,
+        "--dtype",
+        choices=("auto", *DTYPES),
+        default="auto",
+        help="type to compute in; auto is float32 on a CPU and bfloat16 on a GPU",
+    )
     add(group, "--seed", type=seed, default=0, help="seed of all random numbers")
 
     group = parser.add_argument_group("training")
@@ -104,6 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--batch-size", type=count, default=4, help="sequences a step")
     add(group, "--iters", type=count, default=1000, help="steps to train")
     add(group, "--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
+    add(group, "--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add(group, "--resume-adapter-file", help="adapters to start from")
     add(group, "--steps-per-report", type=count, default=10, help="steps between two reports")
     add(group, "--steps-per-eval", type=count, default=200, help="steps between two validations")
@@ -395,33 +404,64 @@ def train(
     end. Validation is at the first step, before the update, at every `args.steps_per_eval`, and at
     the last.
     """
-    loss_and_grad = nn.value_and_grad(model, loss)
+    step = make_step(model, optimizer, loss)
     batches = iterate_batches(train_set, tokenizer, args.batch_size, train=True, seed=args.seed)
-    losses, n_tokens, seconds = [], 0, 0.0  # since the last report
+    model.grad_checkpoint = args.grad_checkpoint
+    mx.reset_peak_memory()
+    done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
 
     bar = tqdm(range(1, args.iters + 1), "Training", disable=None)
     for iteration, batch in zip(bar, batches, strict=False):
         if iteration == 1:
             validate(model, val_set, loss, tokenizer, args, iteration)
+            start = time.perf_counter()
 
-        start = time.perf_counter()
-        (value, step_tokens), grads = loss_and_grad(model, *batch)
-        optimizer.update(model, grads)
-        mx.eval(value, step_tokens, model.trainable_parameters(), optimizer.state)
-        seconds += time.perf_counter() - start
-        losses.append(value.item())
-        n_tokens += step_tokens.item()
+        done.append(step(*batch))
 
-        if iteration % args.steps_per_report == 0 or iteration == args.iters:
+        report = iteration % args.steps_per_report == 0 or iteration == args.iters
+        evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
+        if report or evaluation:
+            mx.eval(done)
+            seconds += time.perf_counter() - start
+        if report:
+            losses, n_tokens = np.array(done).T
             say(
-                f"Iter {iteration}: Train loss {np.mean(losses):.3f}, "
-                f"It/sec {len(losses) / seconds:.3f}, Tokens/sec {n_tokens / seconds:.3f}"
+                f"Iter {iteration}: Train loss {losses.mean():.3f}, "
+                f"It/sec {len(done) / seconds:.3f}, Tokens/sec {n_tokens.sum() / seconds:.3f}"
             )
-            losses, n_tokens, seconds = [], 0, 0.0
-        if iteration % args.steps_per_eval == 0 or iteration == args.iters > 1:
+            done, seconds = [], 0.0
+        if evaluation:
             validate(model, val_set, loss, tokenizer, args, iteration)
         if iteration % args.save_every == 0 or iteration == args.iters:
             save_adapter(model, args.adapter_file)
+        if report or evaluation:
+            start = time.perf_counter()
+    model.grad_checkpoint = False
+    say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
+
+
+def make_step(model: Model, optimizer: optim.Optimizer, loss: Callable) -> Callable:
+    """A function that trains on a batch, and gives its mean loss and number of tokens.
+
+    Both are still being computed when it returns, so that the next batch is made meanwhile. On a
+    GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
+    """
+    loss_and_grad = nn.value_and_grad(model, loss)
+    state = [model.state, optimizer.state]
+
+    def step(inputs: mx.array, targets: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
+        (value, n_tokens), gradients = loss_and_grad(model, inputs, targets, lengths)
+        optimizer.update(model, gradients)
+        return value, n_tokens
+
+    compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
+
+    def start_step(*batch: mx.array) -> tuple[mx.array, mx.array]:
+        result = compiled(*batch)
+        mx.async_eval(result, state)
+        return result
+
+    return start_step
 
 
 def validate(
@@ -535,9 +575,10 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
 def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model, Tokenizer]:
     """The model and the tokenizer that convert.py wrote into `folder`.
 
-    Floating-point weights come in `dtype`: by default float32 on a CPU, where half precision has
-    no fast product, and as they are stored (float16) on a GPU.
-    Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit.
+    Floating-point weights come in `dtype`: by default float32 on a CPU, where half precision has no
+    fast product, and bfloat16 on a GPU, which cannot overflow where float16 does.
+    Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
+    MemoryError when a CPU's memory does not hold the weights.
     """
     folder = Path(folder)
     for name in ("params.json", "weights.npz", "tokenizer.model"):
@@ -552,8 +593,7 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
             f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
-    if dtype is None and ON_CPU:
-        dtype = mx.float32
+    dtype = dtype or (mx.float32 if ON_CPU else mx.bfloat16)
     load_weights(model, folder / "weights.npz", dtype)
     return model, tokenizer
 
@@ -576,7 +616,7 @@ def read_config(path: Path) -> Model:
     return model
 
 
-def load_weights(model: Model, path: Path, dtype: mx.Dtype | None) -> None:
+def load_weights(model: Model, path: Path, dtype: mx.Dtype) -> None:
     """Fill the model with the arrays of `weights.npz`, one after the other.
 
     Raises ValueError when an array is missing, unknown, or of another shape than the model needs.
@@ -586,6 +626,7 @@ def load_weights(model: Model, path: Path, dtype: mx.Dtype | None) -> None:
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
     expected = dict(tree_flatten(model.parameters()))
+    check_memory(sum(value.size for value in expected.values()) * dtype.size)
     for name in sorted(expected.keys() | arrays.keys()):
         if name not in expected or name not in arrays:
             lacks = "lacks" if name in expected else "has an unknown"
@@ -596,11 +637,26 @@ def load_weights(model: Model, path: Path, dtype: mx.Dtype | None) -> None:
                 f"{expected[name].shape}"
             )
         value = arrays.pop(name)
-        if dtype is not None and mx.issubdtype(value.dtype, mx.floating):
+        if mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype)
         mx.eval(value)  # here, so that no more than one array is held twice
         expected[name] = value
     model.update(tree_unflatten(list(expected.items())))
+
+
+def check_memory(needed: int) -> None:
+    """Raise MemoryError when a Linux machine that computes on its CPU lacks the bytes that the
+    weights need. Else the system would kill the process.
+    """
+    meminfo = Path("/proc/meminfo")
+    if not (ON_CPU and meminfo.exists()):
+        return
+    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+    if needed > available:
+        raise MemoryError(
+            f"the weights take {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are "
+            "free: convert the model with -q, or give --dtype bfloat16, which is slower on a CPU"
+        )
 
 
 def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
@@ -646,7 +702,7 @@ def run(args: argparse.Namespace) -> None:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
 
     say("Loading pretrained model")
-    model, tokenizer = load_model(args.model)
+    model, tokenizer = load_model(args.model, DTYPES.get(args.dtype))
     adapter = adapter_to_load(args)
     if adapter:
         load_adapter(model, adapter)

@@ -319,6 +319,7 @@ class Model(nn.Module):
     def __init__(self, args: ModelArgs):
         super().__init__()
         self.args = args
+        self.grad_checkpoint = False  # recompute each layer in the backward pass, to save memory
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -336,6 +337,7 @@ class Model(nn.Module):
         cache = cache or [None] * len(self.layers)
         new_cache = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = layer(x, layer_cache)
+            run = nn.utils.checkpoint(layer) if self.grad_checkpoint else layer
+            x, layer_cache = run(x, layer_cache)
             new_cache.append(layer_cache)
         return self.output(self.norm(x)), new_cache

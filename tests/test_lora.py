@@ -176,6 +176,18 @@ def test_the_whole_set_gives_the_loss_computed_record_by_record(
     assert value == pytest.approx(loss_by_hand(model, docstrings[:7]), rel=1e-5)
 
 
+def test_recomputed_layers_give_the_same_gradients(tiny_model):
+    model, _ = load_tiny(tiny_model)
+    lora.add_lora(model, [0, 1, 2])
+    batch = mx.array([[1, 5, 6, 7]]), mx.array([[5, 6, 7, 2]]), mx.array([4])
+    gradients = []
+    for model.grad_checkpoint in (False, True):
+        _, tree = nn.value_and_grad(model, lora.loss)(model, *batch)
+        gradients.append({name: np.array(value) for name, value in lora.tree_flatten(tree)})
+    for name, value in gradients[0].items():
+        np.testing.assert_array_equal(gradients[1][name], value)
+
+
 # -------------------------------------------------------------------------------------------------
 # Layers
 
@@ -257,6 +269,7 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
         r"Iter 10: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 12: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 12: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Peak memory \d\.\d{3} GB",
         r"Testing",
         r"Test loss \d+\.\d{3}, Test ppl \d+\.\d{3}\.",
     ]
@@ -528,6 +541,18 @@ def test_an_adapter_that_does_not_fit_is_one_line(tiny_model, tmp_path, matrices
     file = tmp_path / "a.npz"
     np.savez(file, **{name: np.zeros(shape, np.float32) for name, shape in matrices.items()})
     assert says in error_of("--model", tiny_model, "--adapter-file", file, "--prompt", "hi")
+
+
+def test_a_model_that_does_not_fit_the_memory_is_refused_with_the_figure(tiny_model, tmp_path):
+    """Its params.json claims two thousand million hidden units, before any shape is compared."""
+    content = json.dumps({**TINY, "hidden_dim": 2**31 - 1}).encode()
+    folder = edited(tiny_model, tmp_path, "params.json", content)
+    process = run_script("lora.py", "--model", folder, "--no-adapter", "--prompt", "hi")
+    assert process.returncode == 1
+    assert re.fullmatch(
+        r"lora.py: error: the weights take \d+\.\d GiB of memory and \d+\.\d are free: .*\n",
+        process.stderr,
+    )
 
 
 def test_a_damaged_adapter_file_is_one_line(tiny_model, trained, tmp_path):
