@@ -157,10 +157,11 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> b
     token; merges: "left right", the best first.
 
     SentencePiece joins the two neighbours whose joint piece has the highest score, so a piece's
-    score is the rank of the merge that makes it. Byte-level BPE first cuts text into words, which
-    leaves the last space of several to the word behind them; SentencePiece gets the same when
-    pieces of white space are joined after all others. A token of one byte becomes that byte's
-    piece for byte fallback, which takes whatever is in no longer piece.
+    score is minus the rank of the merge that makes it. Byte-level BPE first cuts text into words.
+    Of the white space before a word, the last space goes to the word, which SentencePiece does too
+    when pieces of white space are joined after all others; a last line end or tab stands alone, so
+    longer pieces that end in one are "unused": joined, and taken apart again. A token of one byte
+    becomes that byte's piece for byte fallback, which takes whatever is in no longer piece.
     """
     alphabet = byte_alphabet()
     ranks = {}
@@ -192,7 +193,8 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> b
             continue
         joined_last = piece.isspace() or piece in CONTRACTIONS
         rank = ranks[token] + (len(merges) if joined_last else 0)
-        add(piece, kinds.UNUSED if piece == "\n\n" else kinds.NORMAL, -float(rank))
+        unused = piece.isspace() and piece.endswith(("\n", "\r", "\t"))
+        add(piece, kinds.UNUSED if unused else kinds.NORMAL, -float(rank))
 
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     trainer.model_type = sentencepiece_proto.TrainerSpec.BPE
