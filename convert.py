@@ -232,8 +232,9 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     """
     if mlx_path.resolve() == torch_path.resolve():
         raise ValueError(f"--mlx-path is the checkpoint's own folder, {torch_path}: name another")
-    if mlx_path.exists() and not mlx_path.is_dir():
-        raise NotADirectoryError(f"--mlx-path {mlx_path} is a file: name a folder")
+    for path in (mlx_path, *mlx_path.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"--mlx-path {mlx_path}: {path} is a file, not a folder")
     state = open_checkpoint(torch_path / CHECKPOINT)
     config = read_config(torch_path / "params.json", state)
     if not (torch_path / "tokenizer.model").is_file():

@@ -66,7 +66,7 @@ def import_modules(package: ModuleType) -> list[str]:
             try:
                 queue.append(importlib.import_module(name))
             except (Exception, SystemExit) as error:  # whatever a foreign module may raise
-                skipped.append(f"{name} ({type(error).__name__}: {str(error)[:100]})")
+                skipped.append(f"{name}, {type(error).__name__}: {str(error)[:100]}")
     return skipped
 
 
@@ -141,7 +141,7 @@ def read_package(package: str) -> tuple[list[Record], list[str]]:
     try:
         module = importlib.import_module(package)
     except (Exception, SystemExit) as error:  # whatever a foreign package may raise
-        return [], [f"{package} ({type(error).__name__}: {str(error)[:100]})"]
+        return [], [f"{package}, {type(error).__name__}: {str(error)[:100]}"]
     skipped = import_modules(module)
     records = []
     for name, dotted_name, value in find_objects(module):
@@ -235,6 +235,13 @@ def write_files(files: dict[str, list[str]], folder: Path) -> None:
 # The run
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
 def silence() -> None:
     """Keep what a package prints or asks for while it is imported away from the terminal."""
     with open(os.devnull, "r+") as nothing:
@@ -247,6 +254,8 @@ def create_dataset(packages: list[str], folder: Path) -> None:
 
     Raises ValueError when there is nothing to write.
     """
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
     records, skipped = [], []
     with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=silence) as pool:
         readings = {package: pool.submit(read_package, package) for package in packages}
@@ -264,8 +273,11 @@ def create_dataset(packages: list[str], folder: Path) -> None:
                 record._replace(docstring=text) for record, text in zip(batch, cleaned, strict=True)
             ]
     if len(records) < 3:
-        reason = f": {'; '.join(skipped)}" if skipped else ""
-        raise ValueError(f"{', '.join(packages)} gave {len(records)} docstrings{reason}")
+        reason = f" (not read: {'; '.join(skipped)})" if skipped else ""
+        raise ValueError(
+            f"{', '.join(packages)} gave {len(records)} docstrings, too few for three files: "
+            f"name installed packages{reason}"
+        )
 
     files = split(records)
     write_files(files, folder)
@@ -284,7 +296,7 @@ def fail(error: BaseException, status: int) -> NoReturn:
 
 def main() -> None:
     description, _, examples = __doc__.partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="cwk_create_dataset.py",
         description=description,
         epilog=examples,
@@ -305,7 +317,7 @@ def main() -> None:
         create_dataset(args.packages, Path(args.data_folder))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, NotADirectoryError, FileExistsError) as error:
+    except (ValueError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError) as error:
         fail(error, 1)  # the machine failed

@@ -136,12 +136,16 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if not (args.train or args.test or args.prompt is not None):
         raise ValueError("nothing to do: give --train, --test or --prompt")
+    if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:
         raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
     if args.resume_adapter_file and not args.train:
         raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
     if args.train and not Path(args.adapter_file).absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of --adapter-file {args.adapter_file} does not exist")
+    if args.train and Path(args.adapter_file).is_dir():
+        raise IsADirectoryError(f"--adapter-file {args.adapter_file} is a folder: name a file")
     adapter = adapter_to_load(args)
     if adapter and not Path(adapter).is_file():
         raise FileNotFoundError(
@@ -701,6 +705,8 @@ def run(args: argparse.Namespace) -> None:
     if ON_CPU and not FAST_BLAS:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
 
+    train_set, val_set, test_set = load(args)  # first, since a mistake there shows at once
+
     say("Loading pretrained model")
     model, tokenizer = load_model(args.model, DTYPES.get(args.dtype))
     adapter = adapter_to_load(args)
@@ -715,7 +721,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.train or args.test:
         say("Loading datasets")
-        train_set, val_set, test_set = load(args)
+        for dset in (train_set, val_set, test_set):
+            if dset is not None:
+                dset.encode(tokenizer)
     if args.train:
         say("Training")
         optimizer = optim.Adam(learning_rate=args.learning_rate)
@@ -746,6 +754,9 @@ def main() -> None:
         run(args)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # whoever read the output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError) as error:

@@ -173,9 +173,9 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
     assert sum(map(len, read(tmp_path / "data").values())) == 5
     assert "noise" not in process.stdout
     assert (
-        "skipped lib.bad (ModuleNotFoundError: No module named 'no_such_module')" in process.stderr
+        "skipped lib.bad, ModuleNotFoundError: No module named 'no_such_module'" in process.stderr
     )
-    assert "skipped lib.leaves (SystemExit: 3)" in process.stderr
+    assert "skipped lib.leaves, SystemExit: 3" in process.stderr
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,8 @@ def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
     process = run(tmp_path, "no_such_package", "--data-folder", tmp_path / "data")
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        "cwk_create_dataset.py: error: no_such_package gave 0 docstrings: no_such_package "
-        "(ModuleNotFoundError: No module named 'no_such_package')"
+        "cwk_create_dataset.py: error: no_such_package gave 0 docstrings, too few for three files: "
+        "name installed packages (not read: no_such_package, ModuleNotFoundError: No module named "
+        "'no_such_package')"
     ]
     assert not (tmp_path / "data").exists()

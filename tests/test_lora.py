@@ -386,6 +386,18 @@ def test_generated_text_stands_behind_the_prompt_and_nothing_else_does(tiny_mode
     assert process.stderr == ""
 
 
+def test_a_reader_who_leaves_ends_the_run_without_a_word(tiny_model):
+    command = [sys.executable, ROOT / "lora.py", "--model", tiny_model, "--no-adapter", "-p", "a"]
+    with subprocess.Popen(
+        [*command, "-n", "5000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 1
+    assert errors == ""
+
+
 def test_sampled_text_depends_on_the_seed_alone(tiny_model):
     def text(seed):
         return run_script(
@@ -465,6 +477,8 @@ def error_of(*flags) -> str:
         (["--prompt", "hi", "--adapter-file", "no.npz"], "no adapter file no.npz: make one with"),
         (["--train", "--adapter-file", "no/a.npz"], "folder of --adapter-file no/a.npz does not"),
         (["--prompt", "hi", "--no-adapter", "--model", "nowhere"], "nowhere/params.json is"),
+        (["--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+        (["--train", "--adapter-file", "/"], "--adapter-file / is a folder"),
         (["--tarin"], "unrecognized arguments: --tarin"),
     ],
 )  # fmt: skip
