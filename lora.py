@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -26,12 +27,12 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import FAST_BLAS, ON_CPU, LoRALinear, Model, ModelArgs, cross_entropy
+from models import FAST_BLAS, ON_CPU, LoRALinear, Model, ModelArgs, cross_entropy, open_streams
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
@@ -354,6 +355,15 @@ def loss(
     return mx.where(mask, losses, 0).sum() / n_tokens, n_tokens
 
 
+def on_each(streams: list[mx.Stream], function: Callable, *batch: mx.array) -> list:
+    """Call `function` with a share of the batch's rows on each of the streams."""
+    results = []
+    for i, stream in enumerate(streams[: len(batch[0])]):
+        with mx.stream(stream):
+            results.append(function(*(array[i :: len(streams)] for array in batch)))
+    return results
+
+
 def evaluate(
     model: Model,
     dataset: Dataset,
@@ -361,16 +371,23 @@ def evaluate(
     tokenizer: Tokenizer,
     batch_size: int,
     num_batches: int,
+    streams: list[mx.Stream] | None = None,
 ) -> float:
-    """Mean loss a token over `num_batches` batches of `dataset`; -1 takes every record, once."""
+    """Mean loss a token over `num_batches` batches of `dataset`; -1 takes every record, once.
+
+    The rows of a batch are shared out to `streams`, by default new ones.
+    """
     total_loss, total_tokens = 0.0, 0
     n_all = math.ceil(len(dataset) / batch_size)
     n_batches = n_all if num_batches == -1 else min(num_batches, n_all)
     batches = itertools.islice(iterate_batches(dataset, tokenizer, batch_size), n_batches)
+    streams = streams or open_streams(batch_size)
     for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
-        mean, n_tokens = loss(model, *batch)
-        total_loss += mean.item() * n_tokens.item()
-        total_tokens += n_tokens.item()
+        parts = on_each(streams, partial(loss, model), *batch)
+        mx.eval(parts)
+        for mean, n_tokens in parts:
+            total_loss += mean.item() * n_tokens.item()
+            total_tokens += n_tokens.item()
     return total_loss / total_tokens
 
 
@@ -408,7 +425,8 @@ def train(
     end. Validation is at the first step, before the update, at every `args.steps_per_eval`, and at
     the last.
     """
-    step = make_step(model, optimizer, loss)
+    streams = open_streams(args.batch_size)
+    step = make_step(model, optimizer, loss, streams)
     batches = iterate_batches(train_set, tokenizer, args.batch_size, train=True, seed=args.seed)
     model.grad_checkpoint = args.grad_checkpoint
     mx.reset_peak_memory()
@@ -417,7 +435,7 @@ def train(
     bar = tqdm(range(1, args.iters + 1), "Training", disable=None)
     for iteration, batch in zip(bar, batches, strict=False):
         if iteration == 1:
-            validate(model, val_set, loss, tokenizer, args, iteration)
+            validate(model, val_set, loss, tokenizer, args, iteration, streams)
             start = time.perf_counter()
 
         done.append(step(*batch))
@@ -425,7 +443,7 @@ def train(
         report = iteration % args.steps_per_report == 0 or iteration == args.iters
         evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
         if report or evaluation:
-            mx.eval(done)
+            mx.eval(done, model.trainable_parameters())
             seconds += time.perf_counter() - start
         if report:
             losses, n_tokens = np.array(done).T
@@ -435,7 +453,7 @@ def train(
             )
             done, seconds = [], 0.0
         if evaluation:
-            validate(model, val_set, loss, tokenizer, args, iteration)
+            validate(model, val_set, loss, tokenizer, args, iteration, streams)
         if iteration % args.save_every == 0 or iteration == args.iters:
             save_adapter(model, args.adapter_file)
         if report or evaluation:
@@ -444,18 +462,28 @@ def train(
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
-def make_step(model: Model, optimizer: optim.Optimizer, loss: Callable) -> Callable:
+def make_step(
+    model: Model, optimizer: optim.Optimizer, loss: Callable, streams: list[mx.Stream]
+) -> Callable:
     """A function that trains on a batch, and gives its mean loss and number of tokens.
 
-    Both are still being computed when it returns, so that the next batch is made meanwhile. On a
+    The rows of a batch are shared out to `streams`, and the gradients joined by tokens. Loss and
+    number are still being computed when it returns, so that the next batch is made meanwhile. On a
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
     state = [model.state, optimizer.state]
 
-    def step(inputs: mx.array, targets: mx.array, lengths: mx.array) -> tuple[mx.array, mx.array]:
-        (value, n_tokens), gradients = loss_and_grad(model, inputs, targets, lengths)
-        optimizer.update(model, gradients)
+    def step(*batch: mx.array) -> tuple[mx.array, mx.array]:
+        parts = on_each(streams, partial(loss_and_grad, model), *batch)
+        n_tokens = sum(n for (_, n), _ in parts)
+        shares = [n / n_tokens for (_, n), _ in parts]
+        value = sum(mean * share for ((mean, _), _), share in zip(parts, shares, strict=True))
+
+        def join(*gradients: mx.array) -> mx.array:
+            return sum(g * share for g, share in zip(gradients, shares, strict=True))
+
+        optimizer.update(model, tree_map(join, *(gradients for _, gradients in parts)))
         return value, n_tokens
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
@@ -475,10 +503,11 @@ def validate(
     tokenizer: Tokenizer,
     args: argparse.Namespace,
     iteration: int,
+    streams: list[mx.Stream],
 ) -> None:
     """Compute and report the validation loss."""
     start = time.perf_counter()
-    value = evaluate(model, val_set, loss, tokenizer, args.batch_size, args.val_batches)
+    value = evaluate(model, val_set, loss, tokenizer, args.batch_size, args.val_batches, streams)
     took = time.perf_counter() - start
     say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
 
@@ -545,6 +574,7 @@ def load_adapter(model: Model, path: str | Path) -> None:
 
 def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Write the prompt and up to `args.num_tokens` tokens that follow it to standard output."""
+    open_streams(1)  # after training, all cores for one product again
     prompt_ids = tokenizer.encode(prompt)
     ids = itertools.islice(generate_ids(model, prompt_ids, args.temp), args.num_tokens)
     ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)

@@ -10,23 +10,23 @@ H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 import ctypes
 import importlib.metadata
 import math
+import os
 from dataclasses import dataclass
 
 
-def load_fast_blas() -> bool:
+def load_fast_blas() -> ctypes.CDLL | None:
     """Load Intel's MKL, where it is installed, in place of the BLAS that MLX's Linux wheel bundles.
 
     The bundled one is the reference implementation, some fifty times slower. The dynamic linker
     takes the first `cblas_sgemm` that it meets, so this has to run before MLX is first imported.
-    Returns whether MKL was found; macOS and CUDA do not need it.
+    Gives None where there is no MKL; macOS and CUDA do not need it.
     """
     try:
         files = importlib.metadata.files("mkl") or []
         library = next(f.locate() for f in files if f.name.startswith("libmkl_rt.so"))
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
-        return False
-    return True
+        return None
 
 
 FAST_BLAS = load_fast_blas()
@@ -43,6 +43,19 @@ LayerCache = tuple[mx.array, mx.array, int]
 # -------------------------------------------------------------------------------------------------
 # Arithmetic. A CPU spends its time in exponentials, once products are fast: each is computed no
 # more often than it must be, and in the cheapest of MLX's ways. A GPU takes MLX's fused kernels.
+
+
+def open_streams(n: int) -> list[mx.Stream]:
+    """Up to `n` streams that work side by side: on a CPU, where MLX runs a stream on one thread, as
+    many as there are cores, which the BLAS's threads are shared out among; on a GPU one.
+    """
+    if not ON_CPU:
+        return [mx.default_stream(mx.default_device())]
+    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n = min(n, n_cores)
+    if FAST_BLAS:
+        FAST_BLAS.MKL_Set_Num_Threads(n_cores // n)
+    return [mx.new_stream(mx.cpu) for _ in range(n)]
 
 
 def exp(x: mx.array) -> mx.array:

@@ -46,7 +46,7 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
     mx.eval(model.parameters())
     mx.reset_peak_memory()  # of making random weights
-    step = lora.make_step(model, lora.optim.Adam(1e-5), lora.loss)
+    step = lora.make_step(model, lora.optim.Adam(1e-5), lora.loss, lora.open_streams(batch))
     tokens = mx.random.randint(0, vocabulary, (batch, length + 1))
     lengths = mx.full((batch,), length, mx.int32)
 
