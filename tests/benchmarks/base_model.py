@@ -2,7 +2,7 @@
 
     python tests/benchmarks/base_model.py
 
-Prints the two tables of `base-model/README.md`, in a few minutes on two cores. The reference is
+Prints the tables of `base-model/README.md`, in a few minutes on two cores. The reference is
 byte-level BPE by Hugging Face's library, with the vocabulary, the merges and the cutting of words
 that the model was trained with. Needs gguf and tokenizers.
 """
@@ -72,6 +72,13 @@ def read_texts() -> dict[str, list[str]]:
     return {kind: cut(texts) for kind, texts in kinds.items()}
 
 
+def read_records() -> list[str]:
+    """Texts of the form that cwk_create_dataset.py writes, whole and short."""
+    docs = {name: inspect.getdoc(getattr(nn, name)) or "" for name in dir(nn)}
+    short = [(name, doc) for name, doc in docs.items() if 200 < len(doc) < 800]
+    return [f"Q: What is {name} in mlx?\nA: mlx.nn.{name} {doc}" for name, doc in short]
+
+
 def cut(texts: list[str]) -> list[str]:
     """Parts of at most 2000 characters of texts that share SAMPLE characters."""
     parts = [t[i : i + 2000] for t in texts for i in range(0, min(len(t), 8000), 2000)]
@@ -116,10 +123,11 @@ def compare_tokenizers(
         )
 
 
-def compare_marks(model: Model, ours: lora.Tokenizer, texts: list[str]) -> None:
+def compare_marks(model: Model, ours: lora.Tokenizer, kind: str, texts: list[str]) -> None:
     """Whole texts behind each token that may begin one, and what each possible end costs there."""
-    ends = ", ".join(MARKS)
-    print(f"\n| begins with | perplexity a token | end costs, nats: {ends} |\n|---|---|---|")
+    names = [f"`{mark}`".replace("|", "\\|") for mark in MARKS]
+    print(f"\n| {kind} begin with | perplexity a token | end costs, nats: {', '.join(names)} |")
+    print("|---|---|---|")
     for begin in (None, *range(len(MARKS))):
         body, end_nats = [], [0.0] * len(MARKS)
         for text in texts:
@@ -129,7 +137,7 @@ def compare_marks(model: Model, ours: lora.Tokenizer, texts: list[str]) -> None:
             # The first token of the text does not count: behind nothing, nothing predicts it.
             body += losses[len(behind) :]
             end_nats = [total + nats for total, nats in zip(end_nats, marks, strict=True)]
-        name = "nothing" if begin is None else MARKS[begin]
+        name = "nothing" if begin is None else names[begin]
         ends = ", ".join(f"{total / len(texts):.1f}" for total in end_nats)
         print(f"| {name} | {math.exp(sum(body) / len(body)):.2f} | {ends} |", flush=True)
 
@@ -140,7 +148,9 @@ def main() -> None:
         model, ours, theirs = prepare(Path(folder))
     texts = read_texts()
     compare_tokenizers(model, ours, theirs, texts)
-    compare_marks(model, ours, [text for text in texts["docstrings of MLX"] if len(text) < 2000])
+    whole = [text for text in texts["docstrings of MLX"][:-1] if len(text) < 2000]
+    compare_marks(model, ours, "docstrings", whole)
+    compare_marks(model, ours, "questions and answers", read_records())
 
 
 if __name__ == "__main__":
