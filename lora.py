@@ -476,14 +476,8 @@ def make_step(
 
     def step(*batch: mx.array) -> tuple[mx.array, mx.array]:
         parts = on_each(streams, partial(loss_and_grad, model), *batch)
-        n_tokens = sum(n for (_, n), _ in parts)
-        shares = [n / n_tokens for (_, n), _ in parts]
-        value = sum(mean * share for ((mean, _), _), share in zip(parts, shares, strict=True))
-
-        def join(*gradients: mx.array) -> mx.array:
-            return sum(g * share for g, share in zip(gradients, shares, strict=True))
-
-        optimizer.update(model, tree_map(join, *(gradients for _, gradients in parts)))
+        (value, n_tokens), gradients = parts[0] if len(parts) == 1 else join_parts(parts)
+        optimizer.update(model, gradients)
         return value, n_tokens
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
@@ -494,6 +488,17 @@ def make_step(
         return result
 
     return start_step
+
+
+def join_parts(parts: list) -> tuple[tuple[mx.array, mx.array], dict]:
+    """The loss, number of tokens and gradients of a batch from those of shares of its rows."""
+    n_tokens = sum(n for (_, n), _ in parts)
+
+    def join(*values: mx.array) -> mx.array:
+        return sum(value * (n / n_tokens) for value, ((_, n), _) in zip(values, parts, strict=True))
+
+    loss = join(*(value for (value, _), _ in parts))
+    return (loss, n_tokens), tree_map(join, *(gradients for _, gradients in parts))
 
 
 def validate(

@@ -36,6 +36,8 @@ import mlx.nn as nn  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 LORA_SCALE = 2.0
+# Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
+FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
 
 # One layer's keys and values (B, K, capacity, head_dim), and how many positions are filled.
 LayerCache = tuple[mx.array, mx.array, int]
@@ -86,9 +88,21 @@ def swiglu_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     gate, up = primals
-    sigmoid = 1 / (1 + exp(-gate))
-    silu = gate * sigmoid
-    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+    x = gate.astype(mx.float32)
+    sigmoid = 1 / (1 + exp(-x))
+    silu = x * sigmoid
+    # A GPU computes an exponential faster than it fetches one. `mx.compile` would store what two of
+    # its kernels share, so each gradient, and the forward pass, has an expression of its own.
+    gate_gradient = (cotangent * up * (sigmoid + silu * (1 - sigmoid))).astype(gate.dtype)
+    return gate_gradient, cotangent * (silu if ON_CPU else nn.silu(gate))
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """The log of the sum of exponentials over the last axis, which is kept with size 1."""
+    if not ON_CPU:
+        return mx.logsumexp(x, -1, keepdims=True)
+    highest = x.max(-1, keepdims=True)
+    return highest + mx.log(exp(x - highest).sum(-1, keepdims=True))
 
 
 @mx.custom_function
@@ -98,9 +112,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.arr
 
     logits: (..., V); targets: (...) integer. Gives (...) and (..., 1).
     """
-    logits = logits.astype(mx.float32)
-    highest = logits.max(-1, keepdims=True)
-    log_sum = highest + mx.log(exp(logits - highest).sum(-1, keepdims=True))
+    log_sum = logsumexp(logits.astype(mx.float32))
     chosen = mx.take_along_axis(logits, targets[..., None], -1)
     return (log_sum - chosen).squeeze(-1), log_sum
 
@@ -113,10 +125,8 @@ def cross_entropy_vjp(
 ) -> tuple[mx.array, mx.array]:
     """Softmax minus one at the target. The log of the sum is no loss: its cotangent is not used."""
     (logits, targets), (_, log_sum) = primals, outputs
-    weight, target = cotangents[0][..., None], targets[..., None]
-    gradient = exp(logits.astype(mx.float32) - log_sum) * weight
-    at_target = mx.take_along_axis(gradient, target, -1) - weight
-    gradient = mx.put_along_axis(gradient, target, at_target, -1)
+    is_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    gradient = (exp(logits.astype(mx.float32) - log_sum) - is_target) * cotangents[0][..., None]
     return gradient.astype(logits.dtype), mx.zeros_like(targets)
 
 
@@ -161,21 +171,26 @@ class ModelArgs:
 
 
 class QuantizedLinear(nn.QuantizedLinear):
-    """MLX's quantized layer, with a faster way for a CPU, whose quantized product is slow.
+    """MLX's quantized layer, with a faster way to multiply many rows where MLX's own is slow.
 
-    There the weights are dequantized for each product of more than a row or two. They are not kept
-    for the backward pass, but dequantized again.
+    On a CPU and with CUDA the weights are then dequantized for each product. They are not kept for
+    the backward pass, but dequantized again.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        if not ON_CPU or x.size <= 2 * x.shape[-1]:
+        if x.size // x.shape[-1] <= FEW_ROWS:
             return super().__call__(x)
         settings = {"group_size": self.group_size, "bits": self.bits}
 
+        @mx.custom_function
         def product(x: mx.array) -> mx.array:
             return x @ mx.dequantize(self.weight, self.scales, self.biases, **settings).T
 
-        return mx.checkpoint(product)(x)
+        @product.vjp
+        def product_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+            return cotangent @ mx.dequantize(self.weight, self.scales, self.biases, **settings)
+
+        return product(x)
 
 
 class Linear(nn.Linear):
@@ -216,8 +231,8 @@ class LoRALinear(nn.Module):
         """(..., input_dims) to (..., output_dims), in the dtype that the wrapped layer gives."""
         y = self.linear(x)
         # The float32 matrices are cast: as they are, they would make everything after it float32.
-        a, b = self.lora_a.astype(x.dtype), self.lora_b.astype(x.dtype)
-        return y + (LORA_SCALE * ((x @ a) @ b)).astype(y.dtype)
+        a, b = self.lora_a.astype(y.dtype), self.lora_b.astype(y.dtype)
+        return mx.addmm(y, x @ a, b, alpha=LORA_SCALE)
 
 
 class RMSNorm(nn.Module):
