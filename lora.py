@@ -38,7 +38,7 @@ LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-PAD_TO = 8  # sequence lengths are multiples of this: few shapes, little padding
+PAD_TO = 8  # lengths are multiples of this, above 256 tokens of 16, above 512 of 32, ...
 
 # -------------------------------------------------------------------------------------------------
 # Arguments
@@ -304,8 +304,8 @@ def iterate_batches(
     """Batches of sequences of similar length, in a random order that `seed` decides.
 
     Yields inputs (B, L), targets (B, L), which are the inputs one position on, and lengths (B,),
-    how many of a row's targets count; all int32, L a multiple of PAD_TO. Evaluation is one pass
-    over all records. Training goes on for ever; an epoch's order depends on `seed` and the epoch
+    how many of a row's targets count; all int32, L one of few lengths. Evaluation is one pass over
+    all records. Training goes on for ever; an epoch's order depends on `seed` and the epoch
     alone, and what does not fill a batch is left out, other records in each epoch.
     """
     rows = dset.encode(tokenizer)
@@ -324,8 +324,12 @@ def iterate_batches(
 
 
 def padded_length(row: np.ndarray) -> int:
-    """Positions that a row's inputs take in a batch."""
-    return -(-(len(row) - 1) // PAD_TO) * PAD_TO
+    """Positions that a row's inputs take in a batch: one of few lengths, at most 7 % too many from
+    128 tokens on.
+    """
+    length = len(row) - 1
+    step = max(PAD_TO, 2 ** (length - 1).bit_length() // 32)
+    return -(-length // step) * step
 
 
 def pad_batch(rows: list[np.ndarray]) -> tuple[mx.array, mx.array, mx.array]:

@@ -24,12 +24,13 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary, batch, le
     "small": (512, 8, 8, 4, 1408, 32000, 4, 256),
     "350m": (1024, 24, 16, 16, 2816, 32000, 4, 256),
     "7b": (4096, 32, 32, 8, 14336, 32000, 4, 512),
+    "base": (576, 30, 9, 3, 1536, 49152, 4, 256),  # the base model's
 }
 LAYERS, RANK = 16, 8
 
 
-def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
-    """Gives a function that starts a step, and one that waits for all and tells the peak memory."""
+def make_ours(shape: tuple, dtype: str, bits: int):
+    """Our model with adapters, its weights random."""
     sys.path.insert(0, str(ROOT))
     import lora
     from models import Model, ModelArgs
@@ -37,7 +38,7 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     import mlx.core as mx
     import mlx.nn as nn
 
-    dim, layers, heads, kv_heads, hidden, vocabulary, batch, length = shape
+    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     model = Model(ModelArgs(dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary))
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
@@ -45,7 +46,19 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
         nn.quantize(model, 64, bits, class_predicate=linear)
     lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
     mx.eval(model.parameters())
+    mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
+    return model
+
+
+def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
+    """Gives a function that starts a step, and one that waits for all and tells the peak memory."""
+    model = make_ours(shape, dtype, bits)
+    import lora
+
+    import mlx.core as mx
+
+    *_, vocabulary, batch, length = shape
     step = lora.make_step(model, lora.optim.Adam(1e-5), lora.loss, lora.open_streams(batch))
     tokens = mx.random.randint(0, vocabulary, (batch, length + 1))
     lengths = mx.full((batch,), length, mx.int32)
@@ -58,16 +71,14 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     return lambda: step(tokens[:, :-1], tokens[:, 1:], lengths), wait
 
 
-def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
-    """mlx-lm's model and loss, in the compiled step of its trainer."""
+def make_mlx_lm(shape: tuple, dtype: str, bits: int):
+    """mlx-lm's Llama with its adapters, the weights random."""
     import mlx.core as mx
     import mlx.nn as nn
-    import mlx.optimizers as optim
     from mlx_lm.models.llama import Model, ModelArgs
-    from mlx_lm.tuner.trainer import default_loss
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
-    dim, layers, heads, kv_heads, hidden, vocabulary, batch, length = shape
+    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     model = Model(
         ModelArgs(
             model_type="llama",
@@ -91,7 +102,20 @@ def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Calla
     linear_to_lora_layers(model, LAYERS, config)
     model.train()
     mx.eval(model.parameters())
+    mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
+    return model
+
+
+def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
+    """mlx-lm's model and loss, in the compiled step of its trainer."""
+    import mlx.core as mx
+    import mlx.nn as nn
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.trainer import default_loss
+
+    model = make_mlx_lm(shape, dtype, bits)
+    *_, vocabulary, batch, length = shape
     optimizer = optim.Adam(1e-5)
     loss_and_grad = nn.value_and_grad(model, default_loss)
     state = [model.state, optimizer.state, mx.random.state]
@@ -176,9 +200,19 @@ def prepare_peft(
     return start, wait
 
 
+def prepare_mlx_lm_fast_blas(*args) -> tuple[Callable, Callable]:
+    """mlx-lm with the BLAS that we load."""
+    sys.path.insert(0, str(ROOT))
+    import models
+
+    assert models.FAST_BLAS, "there is no other BLAS here"
+    return prepare_mlx_lm(*args)
+
+
 CONTENDERS = {
     "ours": prepare_ours,
     "mlx-lm": prepare_mlx_lm,
+    "mlx-lm, our BLAS": prepare_mlx_lm_fast_blas,
     "PEFT": prepare_peft,
     "PEFT compiled": lambda *a: prepare_peft(*a, compiled=True),
 }

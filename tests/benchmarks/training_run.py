@@ -1,0 +1,137 @@
+"""Real tokens a second of a whole training run, padding not counted, ours against mlx-lm's trainer.
+
+    python tests/benchmarks/training_run.py --shape small --iters 40
+    python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --iters 258
+
+Both train on the texts of --data, as the base model's tokenizer cuts them, with random weights, in
+a process of their own, in turns. The time is that of the whole run: tokenizing, batches, compiling,
+steps and reports. Needs mlx-lm.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+from sentencepiece import SentencePieceProcessor
+from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
+
+ITERS_BEFORE = 2  # so that what a device compiles once and keeps on disk is not counted
+
+
+def with_vocabulary_of(args: argparse.Namespace) -> tuple:
+    """The shape that was asked for, with as many tokens as the tokenizer has."""
+    *front, _, batch, length = SHAPES[args.shape]
+    return *front, SentencePieceProcessor(model_file=args.tokenizer).vocab_size(), batch, length
+
+
+def run_ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
+    """Tokens and seconds of a run of our `train`."""
+    model = make_ours(with_vocabulary_of(args), args.dtype, 16)
+    import lora
+
+    tokenizer = lora.Tokenizer(args.tokenizer)
+    dataset = lora.Dataset(args.data)
+
+    def train(iters: int) -> None:
+        flags = ["--train", "--iters", str(iters), "--val-batches", "1"]
+        flags += ["--adapter-file", str(folder / "adapters.npz")]
+        options = lora.build_parser().parse_args(flags)
+        optimizer = lora.optim.Adam(1e-5)
+        lora.train(model, dataset, dataset, optimizer, lora.loss, tokenizer, options)
+
+    train(ITERS_BEFORE)
+    dataset = lora.Dataset(args.data)
+    start = time.perf_counter()
+    train(args.iters)
+    seconds = time.perf_counter() - start
+    batches = lora.iterate_batches(dataset, tokenizer, 4, train=True)
+    return sum(int(lengths.sum()) for *_, lengths in islice(batches, args.iters)), seconds
+
+
+def run_mlx_lm(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
+    """Tokens and seconds of a run of mlx-lm's `train`, on its own data set class and batches."""
+    if args.fast_blas:
+        sys.path.insert(0, str(ROOT))
+        import models  # noqa: F401  loads it
+    model = make_mlx_lm(with_vocabulary_of(args), args.dtype, 16)
+    import mlx.optimizers as optim
+    from mlx_lm.tuner.datasets import CacheDataset, TextDataset
+    from mlx_lm.tuner.trainer import TrainingArgs, iterate_batches, train
+
+    pieces = SentencePieceProcessor(model_file=args.tokenizer)
+    tokenizer = SimpleNamespace(
+        encode=lambda text: [pieces.bos_id(), *pieces.encode(text)], eos_token_id=pieces.eos_id()
+    )
+    records = [json.loads(line) for line in Path(args.data).read_text("utf-8").splitlines()]
+    n_tokens = 0
+
+    def counted(**options):
+        nonlocal n_tokens
+        for batch, spans in iterate_batches(**options):
+            n_tokens += int((spans[:, 1] - 1).sum())
+            yield batch, spans
+
+    def run(iters: int) -> None:
+        nonlocal n_tokens
+        n_tokens = 0
+        options = TrainingArgs(
+            batch_size=4,
+            iters=iters,
+            val_batches=1,
+            steps_per_eval=10**9,
+            adapter_file=folder / "adapters.safetensors",
+        )
+        dataset = CacheDataset(TextDataset(records, tokenizer))
+        train(model, optim.Adam(1e-5), dataset, dataset, options, iterate_batches=counted)
+
+    run(ITERS_BEFORE)
+    start = time.perf_counter()
+    run(args.iters)
+    return n_tokens, time.perf_counter() - start
+
+
+CONTENDERS = {"ours": run_ours, "mlx-lm": run_mlx_lm}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--iters", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--data", default=str(ROOT / "mlx-doc-data/train.jsonl"))
+    parser.add_argument("--tokenizer", default=str(ROOT / "base-model/tokenizer.model"))
+    parser.add_argument("--fast-blas", action="store_true", help="give mlx-lm the BLAS we load")
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            n_tokens, seconds = CONTENDERS[args.one](args, Path(folder))
+        print(json.dumps({"tokens": n_tokens, "seconds": seconds}))
+        return
+
+    rates = {name: [] for name in CONTENDERS}
+    for _ in range(args.rounds):
+        for name in CONTENDERS:
+            command = [sys.executable, *sys.argv, "--one", name]
+            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+            result = json.loads(output.splitlines()[-1])
+            rates[name].append(result["tokens"] / result["seconds"])
+    print(f"{args.shape}, {args.dtype}, {args.iters} iterations, medians of {args.rounds} rounds")
+    print("| | real tokens/s | ours to it |")
+    print("|---|---|---|")
+    ours = statistics.median(rates["ours"])
+    for name, values in rates.items():
+        rate = statistics.median(values)
+        print(f"| {name} | {rate:,.0f} | {ours / rate:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
