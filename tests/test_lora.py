@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -115,6 +116,16 @@ def test_training_leaves_out_other_records_in_each_epoch(tmp_path, docstrings):
     seen = [sequences(next(batches) for _ in range(2)) for _ in range(20)]
     assert all(len(set(epoch)) == 8 for epoch in seen)
     assert len({row for epoch in seen for row in epoch}) == 10
+
+
+def test_at_most_a_twentieth_of_what_an_epoch_computes_is_padding(tmp_path):
+    run_script("cwk_create_dataset.py", "mlx", "--data-folder", str(tmp_path))
+    dset = lora.Dataset(tmp_path / "train.jsonl")
+    epoch = islice(lora.iterate_batches(dset, TOKENIZER, 4, train=True), len(dset) // 4)
+    shapes = [(*inputs.shape, sum(lengths.tolist())) for inputs, _, lengths in epoch]
+    computed = sum(rows * length for rows, length, _ in shapes)
+    assert sum(real for *_, real in shapes) >= 0.95 * computed
+    assert len({length for _, length, _ in shapes}) <= 40
 
 
 def test_a_data_set_is_tokenized_once(tmp_path, docstrings):
