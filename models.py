@@ -11,6 +11,7 @@ import ctypes
 import importlib.metadata
 import math
 import os
+import sys
 from dataclasses import dataclass
 
 
@@ -29,12 +30,27 @@ def load_fast_blas() -> ctypes.CDLL | None:
         return None
 
 
+def keep_freed_memory() -> None:
+    """Have the C library of Linux reuse the memory of large arrays, where it would give each back
+    to the system at once, and wait for the system to clear it when it is needed again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        trim_threshold, mmap_max, arena_max = -1, -4, -8
+        for setting, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
+            mallopt(setting, value)
+
+
 FAST_BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
+if ON_CPU:
+    keep_freed_memory()
+    # MLX then queues the work of all streams in turns, not that of one behind that of another.
+    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 LORA_SCALE = 2.0
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
@@ -65,69 +81,128 @@ def exp(x: mx.array) -> mx.array:
     return mx.power(math.e, x) if ON_CPU else mx.exp(x)
 
 
+def row_max(x: mx.array) -> mx.array:
+    """The highest value along the last axis, which is kept with size 1. A CPU compares rows with
+    each other faster than the values of one.
+    """
+    if x.shape[-1] % 128 == 0:
+        x = x.reshape(*x.shape[:-1], -1, 128).max(-2)
+    return x.max(-1, keepdims=True)
+
+
+def row_sum(x: mx.array) -> mx.array:
+    """The sum over the last axis, which is kept with size 1; a product is a CPU's fastest way."""
+    return x @ mx.ones((x.shape[-1], 1), x.dtype)
+
+
 @mx.custom_function
 def softmax(x: mx.array) -> mx.array:
     """Softmax over the last axis; the gradient is computed from the output."""
-    weights = exp(x - x.max(-1, keepdims=True))
-    return weights / weights.sum(-1, keepdims=True)
+    powers = exp(x - row_max(x))
+    return powers / row_sum(powers)
 
 
 @softmax.vjp
 def softmax_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return output * (cotangent - (cotangent * output).sum(-1, keepdims=True))
+    return output * (cotangent - row_sum(cotangent * output))
+
+
+# The two functions below exist twice. A CPU keeps what the gradient needs; for a GPU an exponential
+# costs less than to store and fetch it.
 
 
 @mx.custom_function
-def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """`silu(gate) * up`; the gradient takes one exponential an element."""
-    return gate / (1 + exp(-gate)) * up
+def swiglu_on_cpu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
+    sigmoid = 1 / (1 + exp(-gate))
+    return gate * sigmoid * up, sigmoid
 
 
-@swiglu.vjp
-def swiglu_vjp(
-    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
-) -> tuple[mx.array, mx.array]:
-    gate, up = primals
-    x = gate.astype(mx.float32)
-    sigmoid = 1 / (1 + exp(-x))
-    silu = x * sigmoid
-    # A GPU computes an exponential faster than it fetches one. `mx.compile` would store what two of
-    # its kernels share, so each gradient, and the forward pass, has an expression of its own.
-    gate_gradient = (cotangent * up * (sigmoid + silu * (1 - sigmoid))).astype(gate.dtype)
-    return gate_gradient, cotangent * (silu if ON_CPU else nn.silu(gate))
-
-
-def logsumexp(x: mx.array) -> mx.array:
-    """The log of the sum of exponentials over the last axis, which is kept with size 1."""
-    if not ON_CPU:
-        return mx.logsumexp(x, -1, keepdims=True)
-    highest = x.max(-1, keepdims=True)
-    return highest + mx.log(exp(x - highest).sum(-1, keepdims=True))
-
-
-@mx.custom_function
-def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Minus the log-probability, in nats and float32, of each target, and the log of each sum of
-    exponentials, from which the gradient is computed.
-
-    logits: (..., V); targets: (...) integer. Gives (...) and (..., 1).
-    """
-    log_sum = logsumexp(logits.astype(mx.float32))
-    chosen = mx.take_along_axis(logits, targets[..., None], -1)
-    return (log_sum - chosen).squeeze(-1), log_sum
-
-
-@cross_entropy.vjp
-def cross_entropy_vjp(
+@swiglu_on_cpu.vjp
+def swiglu_on_cpu_vjp(
     primals: tuple[mx.array, mx.array],
     cotangents: tuple[mx.array, mx.array],
     outputs: tuple[mx.array, mx.array],
 ) -> tuple[mx.array, mx.array]:
-    """Softmax minus one at the target. The log of the sum is no loss: its cotangent is not used."""
-    (logits, targets), (_, log_sum) = primals, outputs
+    (gate, up), (cotangent, _), (_, sigmoid) = primals, cotangents, outputs
+    silu = gate * sigmoid
+    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+
+
+@mx.custom_function
+def swiglu_on_gpu(gate: mx.array, up: mx.array) -> mx.array:
+    return gate / (1 + mx.exp(-gate)) * up
+
+
+@swiglu_on_gpu.vjp
+def swiglu_on_gpu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    gate, up = primals
+    # `mx.compile` would store what two of its kernels share, so each gradient, and the forward
+    # pass, has an expression of its own.
+    x = gate.astype(mx.float32)
+    sigmoid = 1 / (1 + mx.exp(-x))
+    gradient = cotangent * up * (sigmoid + x * sigmoid * (1 - sigmoid))
+    return gradient.astype(gate.dtype), cotangent * nn.silu(gate)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`."""
+    return swiglu_on_cpu(gate, up)[0] if ON_CPU else swiglu_on_gpu(gate, up)
+
+
+@mx.custom_function
+def cross_entropy_on_cpu(
+    logits: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    highest = row_max(logits)
+    powers = exp(logits - highest)
+    total = row_sum(powers)
+    chosen = mx.take_along_axis(logits, targets[..., None], -1)
+    return (mx.log(total) + highest - chosen).squeeze(-1), powers, total
+
+
+@cross_entropy_on_cpu.vjp
+def cross_entropy_on_cpu_vjp(
+    primals: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
+    (_, targets), (weights, *_), (_, powers, total) = primals, cotangents, outputs
+    gradient = (powers * (weights[..., None] / total)).flatten()
+    at_targets = mx.arange(targets.size) * powers.shape[-1] + targets.flatten()
+    gradient = gradient.at[at_targets].subtract(weights.flatten())
+    return gradient.reshape(powers.shape), mx.zeros_like(targets)
+
+
+@mx.custom_function
+def cross_entropy_on_gpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    log_sum = mx.logsumexp(logits.astype(mx.float32), -1, keepdims=True)
+    chosen = mx.take_along_axis(logits, targets[..., None], -1)
+    return (log_sum - chosen).squeeze(-1), log_sum
+
+
+@cross_entropy_on_gpu.vjp
+def cross_entropy_on_gpu_vjp(
+    primals: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
+    (logits, targets), (weights, _), (_, log_sum) = primals, cotangents, outputs
     is_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    gradient = (exp(logits.astype(mx.float32) - log_sum) - is_target) * cotangents[0][..., None]
+    gradient = (mx.exp(logits.astype(mx.float32) - log_sum) - is_target) * weights[..., None]
     return gradient.astype(logits.dtype), mx.zeros_like(targets)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Minus the log-probability, in nats and float32, of each target.
+
+    logits: (..., V); targets: (...) integer. Gives (...). The gradient is that of softmax, minus
+    one at the target.
+    """
+    if ON_CPU:
+        return cross_entropy_on_cpu(logits.astype(mx.float32), targets)[0]
+    return cross_entropy_on_gpu(logits, targets)[0]
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:

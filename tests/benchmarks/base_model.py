@@ -94,7 +94,7 @@ def cut(texts: list[str]) -> list[str]:
 def surprise(model: Model, ids: list[int]) -> tuple[list[float], list[float]]:
     """Nats of each token behind the first, and what each of MARKS would cost behind the last."""
     logits = model(mx.array([ids]))[0][0]
-    losses, _ = cross_entropy(logits[:-1], mx.array(ids[1:]))
+    losses = cross_entropy(logits[:-1], mx.array(ids[1:]))
     marks = mx.logsumexp(logits[-1]) - logits[-1, : len(MARKS)]
     return losses.tolist(), marks.tolist()
 
