@@ -9,13 +9,17 @@ folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,10 +36,11 @@ from models import FAST_BLAS, ON_CPU, LoRALinear, Model, ModelArgs, cross_entrop
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
+BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
@@ -69,6 +74,7 @@ def number(kind: type, accept: Callable[[float], bool], expected: str) -> Callab
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script, each documented beside its default."""
     count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    length = number(int, lambda n: n >= 2, "a whole number of at least 2")
     batches = number(
         int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
     )
@@ -111,10 +117,16 @@ def build_parser() -> argparse.ArgumentParser:
     add(group, "--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
     add(group, "--lora-layers", type=count, default=16, help="layers to adapt, from the top")
     add(group, "--batch-size", type=count, default=4, help="sequences a step")
-    add(group, "--iters", type=count, default=1000, help="steps to train")
+    add(group, "--iters", type=count, default=1000, help="steps to train in all")
     add(group, "--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
     add(group, "--grad-checkpoint", action="store_true", help="less memory, a third more time")
-    add(group, "--resume-adapter-file", help="adapters to start from")
+    add(group, "--max-seq-length", type=length, default=2048, help="tokens of a text at most")
+    add(
+        group,
+        "--resume-adapter-file",
+        help="adapters to go on from: where they were saved, or as the start of a new run if no "
+        "state lies beside them",
+    )
     add(group, "--steps-per-report", type=count, default=10, help="steps between two reports")
     add(group, "--steps-per-eval", type=count, default=200, help="steps between two validations")
     add(group, "--save-every", type=count, default=100, help="steps between two saves")
@@ -265,6 +277,12 @@ class Dataset:
             self._encoded = tokenizer, rows
         return self._encoded[1]
 
+    def cut(self, tokenizer: Tokenizer, max_length: int) -> int:
+        """Shorten what is longer than `max_length` tokens; gives the number of such texts."""
+        rows = self.encode(tokenizer)
+        self._encoded = tokenizer, [row[:max_length] for row in rows]
+        return sum(len(row) > max_length for row in rows)
+
 
 def parse_record(line: bytes, key: str, place: str) -> str:
     """The text of one line. Raises ValueError, which names `place`."""
@@ -299,26 +317,33 @@ def load(
 
 
 def iterate_batches(
-    dset: Dataset, tokenizer: Tokenizer, batch_size: int, train: bool = False, seed: int = 0
+    dset: Dataset,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    train: bool = False,
+    seed: int = 0,
+    skip: int = 0,
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
     """Batches of sequences of similar length, in a random order that `seed` decides.
 
     Yields inputs (B, L), targets (B, L), which are the inputs one position on, and lengths (B,),
     how many of a row's targets count; all int32, L one of few lengths. Evaluation is one pass over
     all records. Training goes on for ever; an epoch's order depends on `seed` and the epoch
-    alone, and what does not fill a batch is left out, other records in each epoch.
+    alone, and what does not fill a batch is left out, other records in each epoch. `skip` batches
+    are passed over.
     """
     rows = dset.encode(tokenizer)
     padded = padded_lengths(rows)
     batch_size = min(batch_size, len(rows))
-    for epoch in itertools.count():
+    epochs_done, skip = divmod(skip, len(rows) // batch_size) if train else (0, skip)
+    for epoch in itertools.count(epochs_done):
         rng = np.random.default_rng([seed, epoch])
         order = rng.permutation(len(rows))
         if train:
             order = order[: len(rows) - len(rows) % batch_size]
         order = sorted(order, key=lambda i: padded[i])
         starts = rng.permutation(np.arange(0, len(order), batch_size))
-        for start in starts:
+        for start in starts[skip if epoch == epochs_done else 0 :]:
             chosen = order[start : start + batch_size]
             yield pad_batch([rows[i] for i in chosen], padded[chosen[-1]])
         if not train:
@@ -383,10 +408,12 @@ def evaluate(
     batch_size: int,
     num_batches: int,
     streams: list[mx.Stream] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> float:
     """Mean loss a token over `num_batches` batches of `dataset`; -1 takes every record, once.
 
-    The rows of a batch are shared out to `streams`, by default new ones.
+    The rows of a batch are shared out to `streams`, by default new ones. When `stop` gives true,
+    it ends with the batch in hand.
     """
     total_loss, total_tokens = 0.0, 0
     n_all = math.ceil(len(dataset) / batch_size)
@@ -399,6 +426,8 @@ def evaluate(
         for mean, n_tokens in parts:
             total_loss += mean.item() * n_tokens.item()
             total_tokens += n_tokens.item()
+        if stop():
+            break
     return total_loss / total_tokens
 
 
@@ -430,70 +459,145 @@ def train(
     tokenizer: Tokenizer,
     args: argparse.Namespace,
 ) -> None:
-    """Train what is not frozen for `args.iters` steps, reporting and saving on the way.
+    """Train what is not frozen up to step `args.iters`, reporting and saving on the way.
 
-    The LoRA matrices are written to `args.adapter_file` every `args.save_every` steps and at the
-    end. Validation is at the first step, before the update, at every `args.steps_per_eval`, and at
-    the last.
+    The LoRA matrices go to `args.adapter_file` and what a resumed run needs to a file beside it,
+    every `args.save_every` steps and at the end. Validation is at the first step, before the
+    update, at every `args.steps_per_eval`, and at the last.
+    Raises Stopped after SIGINT or SIGTERM, FloatingPointError when the training has broken down,
+    each after saving, and OSError when the last save failed.
     """
     streams = open_streams(args.batch_size)
     step = make_step(model, optimizer, loss, streams)
-    batches = iterate_batches(train_set, tokenizer, args.batch_size, train=True, seed=args.seed)
+    identity = describe_run(train_set, tokenizer, args)
+    done_before = restore(model, optimizer, identity, args) if args.resume_adapter_file else 0
+    batches = iterate_batches(
+        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
+    )
     model.grad_checkpoint = args.grad_checkpoint
     mx.reset_peak_memory()
     done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
+    n_broken, saved = 0, True
 
-    bar = tqdm(range(1, args.iters + 1), "Training", disable=None)
-    for iteration, batch in zip(bar, batches, strict=False):
-        if iteration == 1:
-            validate(model, val_set, loss, tokenizer, args, iteration, streams)
-            start = time.perf_counter()
+    left = range(done_before + 1, args.iters + 1)
+    bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
+    with catch_signals() as caught:
+        for iteration, batch in zip(bar, batches, strict=False):
+            if iteration == 1:
+                validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+                start = time.perf_counter()
 
-        done.append(step(*batch))
+            done.append(step(*batch))
 
-        report = iteration % args.steps_per_report == 0 or iteration == args.iters
-        evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
-        if report or evaluation:
-            mx.eval(done, model.trainable_parameters())
-            seconds += time.perf_counter() - start
-        if report:
-            losses, n_tokens = np.array(done).T
-            say(
-                f"Iter {iteration}: Train loss {losses.mean():.3f}, "
-                f"It/sec {len(done) / seconds:.3f}, Tokens/sec {n_tokens.sum() / seconds:.3f}"
-            )
-            done, seconds = [], 0.0
-        if evaluation:
-            validate(model, val_set, loss, tokenizer, args, iteration, streams)
-        if iteration % args.save_every == 0 or iteration == args.iters:
-            save_adapter(model, args.adapter_file)
-        if report or evaluation:
-            start = time.perf_counter()
+            last = iteration == args.iters or bool(caught)
+            report = iteration % args.steps_per_report == 0 or last
+            evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
+            save = iteration % args.save_every == 0 or last
+            if report or evaluation or save:
+                mx.eval(done, model.trainable_parameters(), optimizer.state)
+                seconds += time.perf_counter() - start
+            if report:
+                n_broken = report_steps(done, seconds, iteration, n_broken)
+                done, seconds = [], 0.0
+            if evaluation:
+                validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+            if save or caught or n_broken >= BROKEN_STEPS:
+                saved = try_save(model, optimizer, iteration, identity, args.adapter_file)
+            if caught:
+                raise Stopped(caught[0], iteration)
+            if n_broken >= BROKEN_STEPS:
+                raise FloatingPointError(
+                    f"at iteration {iteration} the last {n_broken} losses or gradients were not "
+                    "finite: lower --learning-rate, or give --dtype float32 if it is float16"
+                )
+            if report or evaluation or save:
+                start = time.perf_counter()
     model.grad_checkpoint = False
+    if not saved:
+        raise OSError(f"the adapters of the last step could not be saved to {args.adapter_file}")
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
+
+
+class Stopped(Exception):
+    """A signal ended the training, after a step that was saved."""
+
+    def __init__(self, signum: int, iteration: int):
+        super().__init__(f"stopped at iteration {iteration}")
+        self.signum = signum
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Gives a list to which SIGINT or SIGTERM is appended. A second one acts as ever, at once."""
+    caught = []
+    before = {}
+
+    def catch(signum: int, _: object) -> None:
+        caught.append(signum)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    try:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, catch)
+    except ValueError:  # not the main thread, which alone gets signals
+        before.clear()
+    try:
+        yield caught
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def report_steps(done: list, seconds: float, iteration: int, n_broken: int) -> int:
+    """Report the steps up to `iteration`, and warn of each whose update was left out.
+
+    done: loss, number of tokens and whether all was finite, of each; n_broken: how many steps right
+    before them were not finite. Gives how many at their end are not.
+    """
+    losses, n_tokens, finite = np.array(done).T
+    for i in np.flatnonzero(finite == 0):
+        at = iteration - len(done) + 1 + i
+        warn(f"iteration {at}: the loss or a gradient is not finite; this update is left out")
+    mean = losses[finite == 1].mean() if finite.any() else math.nan
+    say(
+        f"Iter {iteration}: Train loss {mean:.3f}, "
+        f"It/sec {len(done) / seconds:.3f}, Tokens/sec {n_tokens.sum() / seconds:.3f}"
+    )
+    tail = len(list(itertools.takewhile(lambda is_finite: not is_finite, finite[::-1])))
+    return tail + n_broken if tail == len(done) else tail
 
 
 def make_step(
     model: Model, optimizer: optim.Optimizer, loss: Callable, streams: list[mx.Stream]
 ) -> Callable:
-    """A function that trains on a batch, and gives its mean loss and number of tokens.
+    """A function that trains on a batch, and gives its mean loss, its number of tokens, and whether
+    loss and gradients were finite. If they were not, it changes nothing.
 
-    The rows of a batch are shared out to `streams`, and the gradients joined by tokens. Loss and
-    number are still being computed when it returns, so that the next batch is made meanwhile. On a
+    The rows of a batch are shared out to `streams`, and the gradients joined by tokens. What it
+    gives is still being computed when it returns, so that the next batch is made meanwhile. On a
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
+    optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state]
 
-    def step(*batch: mx.array) -> tuple[mx.array, mx.array]:
+    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         parts = on_each(streams, partial(loss_and_grad, model), *batch)
         (value, n_tokens), gradients = parts[0] if len(parts) == 1 else join_parts(parts)
+        # Anything that is not finite makes the sum so, and then all stays as it was.
+        finite = mx.isfinite(value + sum(g.sum() for _, g in tree_flatten(gradients)))
+        before = tree_map(lambda value: value, [model.trainable_parameters(), optimizer.state])
         optimizer.update(model, gradients)
-        return value, n_tokens
+        after = [model.trainable_parameters(), optimizer.state]
+        parameters, moments = tree_map(partial(mx.where, finite), after, before)
+        model.update(parameters)
+        optimizer.state.update(moments)
+        return value, n_tokens, finite
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
 
-    def start_step(*batch: mx.array) -> tuple[mx.array, mx.array]:
+    def start_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         result = compiled(*batch)
         mx.async_eval(result, state)
         return result
@@ -520,12 +624,23 @@ def validate(
     args: argparse.Namespace,
     iteration: int,
     streams: list[mx.Stream],
+    caught: list[int],
 ) -> None:
-    """Compute and report the validation loss."""
+    """Compute and report the validation loss, unless a signal is caught meanwhile."""
     start = time.perf_counter()
-    value = evaluate(model, val_set, loss, tokenizer, args.batch_size, args.val_batches, streams)
+    value = evaluate(
+        model,
+        val_set,
+        loss,
+        tokenizer,
+        args.batch_size,
+        args.val_batches,
+        streams,
+        stop=lambda: bool(caught),
+    )
     took = time.perf_counter() - start
-    say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
+    if not caught:
+        say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
 
 
 def say(line: str) -> None:
@@ -548,14 +663,117 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         beside.unlink(missing_ok=True)
 
 
-def save_adapter(model: Model, path: str | Path) -> None:
-    """Write the LoRA matrices, float32 under their parameter paths, as an .npz file."""
+# -------------------------------------------------------------------------------------------------
+# State: all that a run needs to go on as if it had never been interrupted, in one file. Training
+# draws no random numbers but those of the data's order, which is a function of seed and epoch.
+
+
+def state_file(adapter_file: str | Path) -> Path:
+    """`adapters.state.npz` for `adapters.npz`."""
+    path = Path(adapter_file)
+    return path.with_name(f"{path.stem}.state{path.suffix}")
+
+
+def describe_run(train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
+    """What decides a run's result, so that a state is not used in another run."""
+    rows = train_set.encode(tokenizer)
+    weights = Path(args.model) / "weights.npz"
+    return {
+        "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
+        # The zip's directory holds a checksum of each array.
+        "the model": digest(
+            repr([(m.filename, m.CRC) for m in zipfile.ZipFile(weights).infolist()]).encode()
+            if weights.is_file()
+            else b""
+        ),
+        "--batch-size": args.batch_size,
+        "--dtype": args.dtype,
+        "--learning-rate": args.learning_rate,
+        "--lora-layers": args.lora_layers,
+        "--seed": args.seed,
+    }
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def try_save(
+    model: Model, optimizer: optim.Optimizer, iteration: int, identity: dict, adapter_file: str
+) -> bool:
+    """Save adapters and state. Where that fails, warn, and give False: a later save may succeed."""
+    try:
+        save(model, optimizer, iteration, identity, adapter_file)
+    except OSError as error:
+        warn(f"iteration {iteration} could not be saved to {adapter_file}: {error}")
+        return False
+    return True
+
+
+def save(
+    model: Model, optimizer: optim.Optimizer, iteration: int, identity: dict, adapter_file: str
+) -> None:
+    """Write the LoRA matrices, float32 under their parameter paths, and beside them the state.
+
+    The state names the digests of the adapters that it belongs to and of those that they replace,
+    since a kill can come when the state is in its place and the adapters are not yet.
+    """
     matrices = {
         name: np.array(value, np.float32)
         for name, value in tree_flatten(model.trainable_parameters())
     }
-    with replacing(path) as file:
+    state = {f"adapter.{name}": value for name, value in matrices.items()}
+    state |= {f"optimizer.{n}": np.array(v) for n, v in tree_flatten(optimizer.state)}
+    state |= {"iteration": np.array(iteration), "run": np.array(json.dumps(identity))}
+    old = Path(adapter_file)
+    with replacing(adapter_file) as file:
         np.savez(file, **matrices)
+        file.flush()
+        files = [Path(file.name), *([old] if old.is_file() else [])]
+        state["files"] = np.array([digest(path.read_bytes()) for path in files])
+        with replacing(state_file(adapter_file)) as beside:
+            np.savez(beside, **state)
+
+
+def restore(
+    model: Model, optimizer: optim.Optimizer, identity: dict, args: argparse.Namespace
+) -> int:
+    """Put the state beside `args.resume_adapter_file` into place; gives the iteration it is of, or
+    0 where there is none.
+
+    Raises ValueError when the state is damaged, or of a run that differs.
+    """
+    adapter, path = Path(args.resume_adapter_file), state_file(args.resume_adapter_file)
+    instead = f"to begin a new run from the weights alone, move {path} away"
+    if not path.is_file():
+        say(f"A new run begins from the weights in {adapter}: there is no {path}")
+        return 0
+    try:
+        with np.load(path) as archive:
+            state = dict(archive)
+        saved_identity = json.loads(str(state["run"]))
+        iteration, files = int(state["iteration"]), set(state["files"].tolist())
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(f"{path} is damaged ({error}); {instead}") from error
+    if digest(adapter.read_bytes()) not in files:
+        say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
+        return 0
+    for name, value in identity.items():
+        if saved_identity.get(name) != value:
+            was = f" ({saved_identity.get(name)} then)" if name.startswith("--") else ""
+            raise ValueError(f"{name} is not that of the run in {path}{was}; {instead}")
+    if iteration > args.iters:
+        raise ValueError(
+            f"{path} is of iteration {iteration}, and --iters {args.iters} counts from the start"
+        )
+
+    def saved(prefix: str, tree: dict) -> dict:
+        return tree_map_with_path(lambda name, _: mx.array(state[f"{prefix}.{name}"]), tree)
+
+    model.update(saved("adapter", model.trainable_parameters()))
+    optimizer.state.update(saved("optimizer", optimizer.state))
+    say(f"The run goes on behind iteration {iteration}")
+    return iteration
 
 
 def load_adapter(model: Model, path: str | Path) -> None:
@@ -770,10 +988,13 @@ def run(args: argparse.Namespace) -> None:
 
     if args.train or args.test:
         say("Loading datasets")
-        for dset in (train_set, val_set, test_set):
-            if dset is not None:
-                dset.encode(tokenizer)
+        sets = [dset for dset in (train_set, val_set, test_set) if dset is not None]
+        n_cut = sum(dset.cut(tokenizer, args.max_seq_length) for dset in sets)
+        if n_cut:
+            warn(f"{n_cut} texts are cut to {args.max_seq_length} tokens, see --max-seq-length")
     if args.train:
+        if len(train_set) < args.batch_size:
+            warn(f"a batch is {len(train_set)} texts, since there are no more for training")
         say("Training")
         optimizer = optim.Adam(learning_rate=args.learning_rate)
         train(model, train_set, val_set, optimizer, loss, tokenizer, args)
@@ -783,7 +1004,14 @@ def run(args: argparse.Namespace) -> None:
         say(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
     if args.prompt is not None:
         say("Generating")
+        mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
         generate(model, args.prompt, tokenizer, args)
+
+
+def resuming_command(args: argparse.Namespace) -> str:
+    """The command line of this run, going on from what it has saved."""
+    flags = [*sys.argv[1:], "--resume-adapter-file", args.adapter_file]  # of two, the last counts
+    return shlex.join(["python", sys.argv[0], *flags])
 
 
 def warn(message: str) -> None:
@@ -801,6 +1029,9 @@ def main() -> None:
     args = build_parser().parse_args()
     try:
         run(args)
+    except Stopped as stop:
+        print(f"lora.py: {stop}; go on with: {resuming_command(args)}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has left, as `head` does
@@ -808,7 +1039,7 @@ def main() -> None:
         sys.exit(1)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (OSError, MemoryError, RuntimeError, FloatingPointError) as error:
         fail(error, 1)  # the machine failed
 
 

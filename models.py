@@ -12,7 +12,7 @@ import importlib.metadata
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 
 def load_fast_blas() -> ctypes.CDLL | None:
@@ -232,7 +232,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
 
 @dataclass
 class ModelArgs:
-    """The shape of a model, as `params.json` gives it."""
+    """The shape of a model, as `params.json` gives it. Raises ValueError where it is none."""
 
     dim: int
     n_layers: int
@@ -243,6 +243,17 @@ class ModelArgs:
     norm_eps: float
     vocab_size: int
     rope_theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, limit = getattr(self, field.name), 1000 if field.name == "n_layers" else 2**31
+            kinds = int if field.type is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < limit:
+                raise ValueError(f"{field.name} is {value!r}")
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} is odd")
 
 
 class QuantizedLinear(nn.QuantizedLinear):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -337,12 +338,15 @@ def test_the_base_model_is_tested_without_an_adapter(trained, tiny_model, data, 
     assert value == pytest.approx(loss_by_hand(model, docstrings[31:38]), abs=1e-3)
 
 
-def test_resumed_training_starts_from_the_adapters_given(trained, tiny_model, data, tmp_path):
+def test_adapters_without_a_state_are_the_start_of_a_new_run(trained, tiny_model, data, tmp_path):
+    adapter = tmp_path / "alone.npz"
+    shutil.copy(trained[1], adapter)
     process = train_script(
-        tiny_model, data, "--iters", 1, "--resume-adapter-file", trained[1],
+        tiny_model, data, "--iters", 1, "--resume-adapter-file", adapter,
         "--adapter-file", tmp_path / "more.npz",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
+    assert "A new run begins from the weights" in process.stdout
     before = re.findall(r"Val loss (\S+),", trained[0].stdout)[-1]
     assert re.findall(r"Val loss (\S+),", process.stdout)[0] == before
     assert "Trainable parameters 0.004M" in process.stdout
@@ -595,7 +599,10 @@ def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_mode
     (tmp_path / "adapters.npz.partial").symlink_to("/dev/full")
     process = train_script(tiny_model, data, "--iters", 1, "--adapter-file", adapter)
     assert process.returncode == 1
-    assert process.stderr.splitlines() == ["lora.py: error: [Errno 28] No space left on device"]
+    warning, error = process.stderr.splitlines()
+    assert warning.startswith("lora.py: warning: iteration 1 could not be saved to ")
+    assert warning.endswith("[Errno 28] No space left on device")
+    assert error.startswith("lora.py: error: the adapters of the last step could not be saved")
     assert adapter.read_bytes() == b"what was there"
 
 

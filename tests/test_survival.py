@@ -1,0 +1,450 @@
+"""Training that is killed, stopped, fed with nonsense, or out of disk space: nothing is lost."""
+
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import lora
+from models import Model, ModelArgs
+
+import mlx.core as mx
+
+TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_model, data) -> list[str]:
+    """A run of 60 steps, of which each is saved."""
+    return [
+        "--model", str(tiny_model), "--data", str(data), "--train", "--iters", "60",
+        "--learning-rate", "1e-3", "--save-every", "1", "--steps-per-report", "7",
+        "--steps-per-eval", "25", "--val-batches", "1", "--seed", "5",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(flags, tmp_path_factory) -> bytes:
+    """The adapters of that run."""
+    adapter = tmp_path_factory.mktemp("uninterrupted") / "adapters.npz"
+    process = run_script("lora.py", *flags, "--adapter-file", adapter)
+    assert process.returncode == 0, process.stderr
+    return adapter.read_bytes()
+
+
+def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, ROOT / "lora.py", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Read the standard output up to a line that holds `text`."""
+    assert any(text in line for line in process.stdout), process.stderr.read()
+
+
+def resume(flags: list[str], adapter: Path) -> list[str]:
+    """The flags to go on with, once something is saved."""
+    resumed = ["--resume-adapter-file", str(adapter)] if adapter.exists() else []
+    return [*flags, "--adapter-file", str(adapter), *resumed]
+
+
+# -------------------------------------------------------------------------------------------------
+# Kills and signals
+
+
+def test_a_run_killed_at_random_moments_ends_with_the_adapters_of_one_never_killed(
+    flags, uninterrupted, tmp_path
+):
+    adapter = tmp_path / "adapters.npz"
+    moments = random.Random(11)
+    for _ in range(5):
+        process = start(*resume(flags, adapter))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=1.0 + 1.5 * moments.random())
+        process.kill()
+        process.communicate()
+    process = run_script("lora.py", *resume(flags, adapter))
+    assert process.returncode == 0, process.stderr
+    assert adapter.read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_a_step_and_says_how_to_go_on(
+    flags, uninterrupted, tmp_path, signum, status
+):
+    process = start(*flags, "--save-every", "1000", cwd=tmp_path)
+    wait_for(process, "Iter 7: Train loss")
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    (line,) = errors.splitlines()
+    command = shlex.split(line.partition("go on with: ")[2])
+    assert command[0] == "python"
+    subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "adapters.npz").read_bytes() == uninterrupted
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_first_evaluation_saves_the_first_step(
+    tiny_model, data, tmp_path, docstrings, signum, status
+):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    shutil.copy(data / "train.jsonl", folder)
+    write_jsonl(folder / "valid.jsonl", docstrings * 200)
+    adapter = tmp_path / "adapters.npz"
+    process = start(
+        "--model", tiny_model, "--data", folder, "--train", "--val-batches", "-1",
+        "--adapter-file", adapter,
+    )  # fmt: skip
+    wait_for(process, "Training")
+    time.sleep(1)
+    process.send_signal(signum)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert "stopped at iteration 1;" in errors
+    assert "Val loss" not in output
+    assert len(lora.read_adapter(adapter)) == 12
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    """Run in a process of its own: what the first signal leaves undone, the second does."""
+    script = (
+        "import lora, os, signal\n"
+        "with lora.catch_signals() as caught:\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    assert caught == [signal.SIGINT]\n"
+        "    print('first', flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    print('second')\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert process.stdout == "first\n"
+    assert "KeyboardInterrupt" in process.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# The state
+
+
+@pytest.fixture(scope="module")
+def stopped(flags, tmp_path_factory) -> Path:
+    """A folder with the adapters and the state of iteration 10, and the folder of the data."""
+    folder = tmp_path_factory.mktemp("stopped")
+    adapter = folder / "adapters.npz"
+    process = run_script("lora.py", *flags, "--iters", "10", "--adapter-file", adapter)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def test_the_state_lies_beside_the_adapters(stopped):
+    assert sorted(path.name for path in stopped.iterdir()) == ["adapters.npz", "adapters.state.npz"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (["--batch-size", "3"], "--batch-size is not that of the run in "),
+        (["--learning-rate", "1e-4"], "(0.001 then); to begin a new run from the weights alone"),
+        (["--seed", "6"], "--seed is not that of the run"),
+        (["--iters", "9"], "is of iteration 10, and --iters 9 counts from the start"),
+    ],
+)
+def test_a_changed_flag_is_named(flags, stopped, tmp_path, change, says):
+    process = run_script(
+        "lora.py", *flags, "--resume-adapter-file", stopped / "adapters.npz",
+        "--adapter-file", tmp_path / "more.npz", *change,
+    )  # fmt: skip
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert says in line
+
+
+def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_model, tmp_path):
+    other = shutil.copytree(data, tmp_path / "data")
+    write_jsonl(other / "train.jsonl", ["one text", "and another"])
+    resumed = [*flags, "--resume-adapter-file", stopped / "adapters.npz", "--adapter-file"]
+    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--data", other)
+    assert (process.returncode, "the training data is not that" in process.stderr) == (2, True)
+
+    mx.random.seed(8)
+    model = write_model(tmp_path / "model", Model(ModelArgs(**TINY)))
+    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
+    assert (process.returncode, "the model is not that" in process.stderr) == (2, True)
+
+
+def test_a_state_of_other_adapters_is_not_used(flags, stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    matrices = lora.read_adapter(folder / "adapters.npz")
+    np.savez(folder / "adapters.npz", **{name: value / 2 for name, value in matrices.items()})
+    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"), "--iters", "1")
+    assert process.returncode == 0, process.stderr
+    assert "adapters.state.npz is of other adapters" in process.stdout
+
+
+def test_a_damaged_state_is_one_line(flags, stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    state = folder / "adapters.state.npz"
+    state.write_bytes(state.read_bytes()[:-50])
+    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"))
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "adapters.state.npz is damaged" in line
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5, 6, 7, 20])
+def test_batches_that_are_skipped_are_those_that_came_first(data, skip):
+    dset = lora.Dataset(data / "train.jsonl")
+
+    def tokens(skip, n):
+        batches = lora.iterate_batches(dset, TOKENIZER, 4, train=True, seed=2, skip=skip)
+        return [inputs.tolist() for inputs, _, _ in islice(batches, n)]
+
+    assert tokens(skip, 4) == tokens(0, skip + 4)[skip:]
+
+
+# -------------------------------------------------------------------------------------------------
+# Numbers that are not finite
+
+
+def test_an_overflow_leaves_updates_out_and_ends_the_run_with_finite_adapters(data, tmp_path):
+    """Weights that float16 holds, and whose products it does not; and a rate that would do it."""
+    mx.random.seed(7)
+    model = Model(ModelArgs(**TINY))
+    model.apply(lambda value: value * 300)
+    folder = write_model(tmp_path / "huge", model)
+    adapter = tmp_path / "adapters.npz"
+    process = run_script(
+        "lora.py", "--model", folder, "--data", data, "--train", "--dtype", "float16",
+        "--learning-rate", "1e30", "--steps-per-report", "2", "--adapter-file", adapter,
+    )  # fmt: skip
+    assert process.returncode == 1
+    *warnings, error = process.stderr.splitlines()
+    assert len(warnings) == 4
+    for i, warning in enumerate(warnings, start=1):
+        assert f"iteration {i}: the loss or a gradient is not finite" in warning
+    assert error.startswith("lora.py: error: at iteration 4 the last 4 losses or gradients were")
+    matrices = lora.read_adapter(adapter)  # which refuses what is not finite
+    assert all(not value.any() for name, value in matrices.items() if name.endswith("lora_b"))
+
+
+def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tiny_model, data):
+    model, tokenizer = lora.load_model(tiny_model)
+    lora.add_lora(model, [1, 2])
+    optimizer = lora.optim.Adam(1e-3)
+    broken = False
+
+    def loss(model, *batch):
+        value, n_tokens = lora.loss(model, *batch)
+        return value * (math.nan if broken else 1.0), n_tokens
+
+    step = lora.make_step(model, optimizer, loss, lora.open_streams(2))
+    batch = next(lora.iterate_batches(lora.Dataset(data / "train.jsonl"), tokenizer, 4))
+
+    def everything() -> list:
+        values = lora.tree_flatten([model.trainable_parameters(), optimizer.state])
+        return [np.array(value).tolist() for _, value in values]
+
+    assert step(*batch)[2].item()
+    before = everything()
+    broken = True
+    assert not step(*batch)[2].item()
+    assert everything() == before
+    broken = False
+    assert step(*batch)[2].item()
+    assert everything() != before
+
+
+# -------------------------------------------------------------------------------------------------
+# Disks
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp_path):
+    """A real file system, too small until something on it is deleted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        (disk / "other").write_bytes(bytes(480 * 1024))
+        adapter = disk / "adapters.npz"
+        process = start(*flags, "--adapter-file", adapter)
+        wait_for(process, "Iter 7: Train loss")
+        (disk / "other").unlink()
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        assert "iteration 1 could not be saved" in errors
+        assert "No space left on device" in errors
+        assert "Traceback" not in errors
+        assert adapter.read_bytes() == uninterrupted
+        assert sorted(os.listdir(disk)) == ["adapters.npz", "adapters.state.npz"]
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluation and data
+
+
+def test_the_test_loss_does_not_depend_on_the_batch_size(tiny_model, data):
+    model, tokenizer = lora.load_model(tiny_model)
+    dset = lora.Dataset(data / "train.jsonl")
+
+    def one_by_one() -> float:
+        parts = [
+            lora.loss(model, *lora.pad_batch([row], len(row) - 1)) for row in dset.encode(tokenizer)
+        ]
+        n_tokens = sum(n.item() for _, n in parts)
+        return sum(mean.item() * n.item() for mean, n in parts) / n_tokens
+
+    expected = one_by_one()
+    for batch_size in (1, 3, 4, 64):
+        value = lora.evaluate(model, dset, lora.loss, tokenizer, batch_size, -1)
+        assert value == pytest.approx(expected, abs=1e-5)
+
+
+def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
+    process = run_script(
+        "lora.py", "--model", tiny_model, "--data", data, "--train", "--iters", "1",
+        "--max-seq-length", "20", "--adapter-file", tmp_path / "a.npz", "--batch-size", "64",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    tokens = [
+        len(TOKENIZER.encode(text, eos=True))
+        for name in ("train", "valid")
+        for text in lora.Dataset(data / f"{name}.jsonl")._texts
+    ]
+    n_cut = sum(n > 20 for n in tokens)
+    assert process.stderr.splitlines() == [
+        f"lora.py: warning: {n_cut} texts are cut to 20 tokens, see --max-seq-length",
+        "lora.py: warning: a batch is 24 texts, since there are no more for training",
+    ]
+
+
+# -------------------------------------------------------------------------------------------------
+# Nonsense. In this process, since starting 1,500 would take an hour.
+
+
+def outcome(capsys, monkeypatch, *arguments) -> None:
+    """Run lora.py's main; it has to succeed, or to say one line and exit with status 2."""
+    monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, arguments)])
+    try:
+        lora.main()
+    except SystemExit as exit:
+        errors = capsys.readouterr().err.splitlines()
+        assert exit.code == 2
+        assert len(errors) == 1 and re.match(r"lora\.py: error: .", errors[0]), errors
+    capsys.readouterr()
+
+
+many = settings(
+    max_examples=500,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+lines = (
+    st.binary(max_size=40)
+    | json_values.map(lambda value: json.dumps(value).encode())
+    | json_values.map(lambda value: json.dumps({"text": value}).encode())
+    | st.text(max_size=40).map(lambda text: json.dumps({"text": text}).encode()[:-1])
+)
+
+
+@many
+@given(content=st.lists(lines, max_size=4).map(b"\n".join))
+def test_no_jsonl_file_ends_in_a_traceback(tiny_model, tmp_path, capsys, monkeypatch, content):
+    (tmp_path / "test.jsonl").write_bytes(content)
+    outcome(
+        capsys, monkeypatch, "--model", tiny_model, "--data", tmp_path, "--test", "--no-adapter"
+    )
+
+
+matrices = st.dictionaries(
+    st.sampled_from(
+        [
+            f"layers.{i}.attention.{n}.lora_{ab}"
+            for i in (0, 2, 3)
+            for n in ("wq", "wv")
+            for ab in "ab"
+        ]
+        + ["layers.0.attention.wk.lora_a", "weight"]
+    ),
+    st.sampled_from([(64, 8), (8, 64), (8, 32), (64, 4), (4, 64), (0, 0), (8,), ()]),
+    max_size=8,
+)
+
+
+@many
+@given(
+    shapes=matrices,
+    dtype=st.sampled_from(["float32", "float64", "int32", "U3", "bool"]),
+    fill=st.sampled_from([0, 1, math.nan, math.inf]),
+    damage=st.none() | st.tuples(st.integers(0, 400), st.binary(max_size=8)),
+)
+def test_no_adapter_file_ends_in_a_traceback(
+    tiny_model, tmp_path, capsys, monkeypatch, shapes, dtype, fill, damage
+):
+    adapter = tmp_path / "adapters.npz"
+    with np.errstate(invalid="ignore"):
+        np.savez(adapter, **{name: np.full(s, fill).astype(dtype) for name, s in shapes.items()})
+    if damage:
+        content = bytearray(adapter.read_bytes())
+        content[damage[0] : damage[0] + len(damage[1])] = damage[1]
+        adapter.write_bytes(content)
+    outcome(
+        capsys, monkeypatch, "--model", tiny_model, "--adapter-file", adapter, "--prompt", "a",
+        "--num-tokens", "1",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def model_copy(tiny_model, tmp_path) -> Path:
+    return shutil.copytree(tiny_model, tmp_path / "model")
+
+
+@many
+@given(
+    change=st.dictionaries(
+        st.sampled_from([*TINY, "quantization", "surplus"]),
+        json_values | st.integers(-1, 200) | st.just(10**12),
+        max_size=3,
+    ),
+    missing=st.sets(st.sampled_from(list(TINY)), max_size=1),
+    cut=st.none() | st.integers(0, 200),
+)
+def test_no_params_json_ends_in_a_traceback(model_copy, capsys, monkeypatch, change, missing, cut):
+    config = {name: value for name, value in TINY.items() if name not in missing} | change
+    (model_copy / "params.json").write_text(json.dumps(config)[:cut])
+    outcome(
+        capsys, monkeypatch, "--model", model_copy, "--no-adapter", "--prompt", "a",
+        "--num-tokens", "1",
+    )  # fmt: skip
