@@ -501,9 +501,10 @@ def train(
                 done, seconds = [], 0.0
             if evaluation:
                 validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
-            if save or caught or n_broken >= BROKEN_STEPS:
+            stopping = bool(caught)  # asked once, since a signal can come between any two lines
+            if save or stopping or n_broken >= BROKEN_STEPS:
                 saved = try_save(model, optimizer, iteration, identity, args.adapter_file)
-            if caught:
+            if stopping:
                 raise Stopped(caught[0], iteration)
             if n_broken >= BROKEN_STEPS:
                 raise FloatingPointError(
@@ -512,6 +513,8 @@ def train(
                 )
             if report or evaluation or save:
                 start = time.perf_counter()
+        if caught:
+            raise Stopped(caught[0], args.iters)
     model.grad_checkpoint = False
     if not saved:
         raise OSError(f"the adapters of the last step could not be saved to {args.adapter_file}")
@@ -539,7 +542,8 @@ def catch_signals() -> Iterator[list[int]]:
 
     try:
         for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, catch)
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
+                before[signum] = signal.signal(signum, catch)
     except ValueError:  # not the main thread, which alone gets signals
         before.clear()
     try:
@@ -678,14 +682,13 @@ def describe_run(train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namesp
     """What decides a run's result, so that a state is not used in another run."""
     rows = train_set.encode(tokenizer)
     weights = Path(args.model) / "weights.npz"
+    checksums = b""
+    if weights.is_file():
+        with zipfile.ZipFile(weights) as archive:
+            checksums = repr([(m.filename, m.CRC) for m in archive.infolist()]).encode()
     return {
         "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
-        # The zip's directory holds a checksum of each array.
-        "the model": digest(
-            repr([(m.filename, m.CRC) for m in zipfile.ZipFile(weights).infolist()]).encode()
-            if weights.is_file()
-            else b""
-        ),
+        "the model": digest(checksums),
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--learning-rate": args.learning_rate,
