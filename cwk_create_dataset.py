@@ -8,22 +8,32 @@ Writes train.jsonl, valid.jsonl and test.jsonl with one record a public object, 
 """
 
 import argparse
+import hashlib
 import importlib
 import inspect
 import json
+import math
+import multiprocessing
 import os
 import pkgutil
 import random
 import re
+import signal
 import sys
+import tempfile
+import time
+import unicodedata
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from threading import Event, Lock
 from types import ModuleType
-from typing import NamedTuple, NoReturn
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from tqdm import tqdm
 
@@ -32,10 +42,13 @@ TEST_SET_SIZE = 0.1  # share of the records that are the test set; the validatio
 PACKAGE_NAMES = ["mlx"]  # whose docstrings to take
 DATA_FOLDER = "mlx-doc-data"  # where to write the files
 DATASET = {"train.jsonl": None, "valid.jsonl": None, "test.jsonl": None}  # texts of each file
-BATCH_SIZE = 1000  # docstrings that go through the process pool at once
+BATCH_SIZE = 1000  # docstrings that a process hands over at once
 PREPROCESS = True  # make docstrings fit to learn from, or leave them as they are
 
-NOT_IMPORTED = {"__main__", "conftest", "test", "tests"}  # modules that are no part of the library
+MODULE_SECONDS = 120  # that the import of a module may take
+PACKAGE_SECONDS = 1800  # that a package may take
+# Modules that are no part of the library.
+NOT_IMPORTED = re.compile(r"_.*|conftest|tests?|test_.*|.*_tests?")
 
 
 class Record(NamedTuple):
@@ -54,20 +67,31 @@ class Record(NamedTuple):
 # Finding objects
 
 
-def import_modules(package: ModuleType) -> list[str]:
-    """Import every public module below `package`; gives a line for each that cannot be."""
-    skipped, queue = [], deque([package])
+def import_modules(package: str, left_out: set[str], tell: Callable[..., None]) -> ModuleType:
+    """Import a package and every public module below it but those left out; gives the package.
+
+    Tells of each module before it is imported, and again when it cannot be.
+    """
+    tell("import", package)
+    root = importlib.import_module(package)
+    queue = deque([root])
     while queue:
         parent = queue.popleft()
         for found in pkgutil.iter_modules(getattr(parent, "__path__", [])):
-            if found.name.startswith("_") or found.name in NOT_IMPORTED:
-                continue
             name = f"{parent.__name__}.{found.name}"
+            if NOT_IMPORTED.fullmatch(found.name) or name in left_out:
+                continue
+            tell("import", name)
             try:
                 queue.append(importlib.import_module(name))
-            except (Exception, SystemExit) as error:  # whatever a foreign module may raise
-                skipped.append(f"{name}, {type(error).__name__}: {str(error)[:100]}")
-    return skipped
+            except BaseException as error:  # whatever a foreign module may raise
+                tell("skip", name, describe(error))
+    return root
+
+
+def describe(error: BaseException) -> str:
+    """What an error says, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:100].rstrip(": ")
 
 
 def public_members(owner: object) -> Iterator[tuple[str, object]]:
@@ -92,12 +116,24 @@ def belongs_to(value: object, package: str) -> bool:
 
 def own_docstring(value: object) -> str | None:
     """The docstring of a module, class, function or property, unless it is its type's."""
-    documented = inspect.ismodule(value) or callable(value) or isinstance(value, property)
-    own = value.__dict__ if inspect.isclass(value) else {"__doc__": getattr(value, "__doc__", None)}
-    docstring = own.get("__doc__")
-    if not documented or not isinstance(docstring, str) or docstring == type(value).__doc__:
+    if not (inspect.ismodule(value) or callable(value) or isinstance(value, property)):
         return None
-    return inspect.cleandoc(docstring).strip() or None
+    if inspect.isclass(value):
+        docstring = vars(value).get("__doc__")
+    else:
+        docstring = getattr(value, "__doc__", None)
+    if not isinstance(docstring, str) or docstring == type(value).__doc__:
+        return None
+    if inspect.isclass(value) and is_generated(docstring, value):
+        return None
+    # Half a character cannot be written to a file.
+    return inspect.cleandoc(docstring).strip().encode("utf-8", "replace").decode() or None
+
+
+def is_generated(docstring: str, value: type) -> bool:
+    """Whether Python wrote a class's docstring, as for data classes and named tuples."""
+    signature = re.escape(value.__name__) + r"\(.*\)( -> None)?"
+    return bool(re.fullmatch(signature, docstring, re.DOTALL))
 
 
 def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
@@ -133,22 +169,112 @@ def home(value: object) -> str:
     return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
 
 
-def read_package(package: str) -> tuple[list[Record], list[str]]:
-    """The records of a package, and a line for each of its modules that cannot be imported.
-
-    Runs in a process of its own, since importing runs the package's code.
-    """
-    try:
-        module = importlib.import_module(package)
-    except (Exception, SystemExit) as error:  # whatever a foreign package may raise
-        return [], [f"{package}, {type(error).__name__}: {str(error)[:100]}"]
-    skipped = import_modules(module)
-    records = []
-    for name, dotted_name, value in find_objects(module):
+def find_records(package: ModuleType) -> Iterator[Record]:
+    """A record, with its docstring made fit to learn from, of each documented object."""
+    for name, dotted_name, value in find_objects(package):
         docstring = own_docstring(value)
         if docstring:
-            records.append(Record(package, name, dotted_name, docstring))
-    return records, skipped
+            yield Record(package.__name__, name, dotted_name, clean(docstring))
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading packages, each in processes of its own, since importing runs the package's code
+
+
+def read_package(package: str, left_out: set[str], connection: Connection) -> None:
+    """What such a process does: send what it imports, what it skips, and batches of records."""
+
+    def tell(*message: object) -> None:
+        connection.send(message)
+
+    be_alone()
+    try:
+        records = find_records(import_modules(package, left_out, tell))
+        while batch := list(islice(records, BATCH_SIZE)):
+            tell("records", batch)
+        tell("end")
+    except BaseException as error:  # whatever a foreign package may raise
+        tell("skip", package, describe(error))
+        tell("end")
+    connection.close()
+    os._exit(0)  # whatever threads the package has started
+
+
+def be_alone() -> None:
+    """Keep what a package prints, asks for or shows away from the user."""
+    if hasattr(os, "setsid"):
+        os.setsid()  # so that it can be ended with all processes that it starts
+    with open(os.devnull, "r+") as nothing:
+        for stream in (0, 1, 2):
+            os.dup2(nothing.fileno(), stream)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
+        os.environ.pop(name, None)
+    os.environ |= {"MPLBACKEND": "Agg", "QT_QPA_PLATFORM": "offscreen", "SDL_VIDEODRIVER": "dummy"}
+
+
+@contextmanager
+def reader(package: str, left_out: set[str]) -> Iterator[tuple[Connection, Callable[[], str]]]:
+    """A process that reads a package: what it sends, and a function that says how it ended."""
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=read_package, args=(package, left_out, theirs), daemon=True)
+    process.start()
+    theirs.close()
+
+    def ending() -> str:
+        process.join(5)
+        code = process.exitcode
+        if code is None:
+            return "it closed its connection"
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with {code}"
+
+    try:
+        yield connection, ending
+    finally:
+        end(process)
+
+
+def end(process: BaseProcess) -> None:
+    """Kill a process with all that it has started."""
+    with suppress(ProcessLookupError, PermissionError):
+        if hasattr(os, "killpg") and os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) -> dict[str, str]:
+    """Hand the records of a package to `take`; gives the modules that were skipped, and why.
+
+    A module that ends its process, or takes too long, is left out in the next one. When `stopped`
+    is set there is no next one.
+    """
+    skipped, deadline = {}, time.monotonic() + PACKAGE_SECONDS
+    while True:
+        current, handed_over = package, False
+        with reader(package, set(skipped)) as (connection, ending):
+            try:
+                while True:
+                    left = deadline - time.monotonic()
+                    if not connection.poll(max(0, min(left, MODULE_SECONDS))):
+                        reason = f"it took longer than {min(PACKAGE_SECONDS, MODULE_SECONDS)} s"
+                        break
+                    kind, *content = connection.recv()
+                    if kind == "import":
+                        current = content[0]
+                    elif kind == "skip":
+                        skipped[content[0]] = content[1]
+                    elif kind == "records":
+                        handed_over = True
+                        take(content[0])
+                    else:
+                        return skipped
+            except EOFError:
+                reason = ending()
+        skipped[current] = reason
+        too_late = time.monotonic() > deadline or stopped.is_set()
+        if current == package or handed_over or too_late:
+            return skipped
 
 
 # -------------------------------------------------------------------------------------------------
@@ -156,7 +282,11 @@ def read_package(package: str) -> tuple[list[Record], list[str]]:
 
 
 ROLE = re.compile(r":[\w:+.-]+:`([^`]*)`")
-DIRECTIVE = re.compile(r"^( *)\.\. [\w:-]+::[ \t]*(.*)$", re.MULTILINE)
+# A directive, what stands behind it, and its options.
+DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::[ \t]*(.*)((?:\n +:[\w-]+:.*)*)$", re.MULTILINE)
+SHOWN_AS = {"versionadded": "New in version", "versionchanged": "Changed in version"}
+SHOWN_AS |= {"deprecated": "Deprecated since version"}
+NOT_SHOWN = {"code", "code-block", "sourcecode", "highlight", "currentmodule", "module", "plot"}
 
 
 def clean(docstring: str) -> str:
@@ -167,7 +297,7 @@ def clean(docstring: str) -> str:
     """
     if PREPROCESS:
         text = ROLE.sub(lambda match: visible(match[1]), docstring)
-        text = DIRECTIVE.sub(r"\1\2", text)
+        text = DIRECTIVE.sub(shown, text)
         text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
         text = re.sub(r"\A([^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)
         docstring = re.sub(r"\n{3,}", "\n\n", text).strip()
@@ -182,14 +312,29 @@ def visible(target: str) -> str:
     return target.rsplit(".", 1)[-1] if target.startswith("~") else target.lstrip("!")
 
 
+def shown(directive: re.Match) -> str:
+    """The text that a reader sees of a directive's line."""
+    indent, name, argument, _ = directive.groups()
+    if name in NOT_SHOWN:
+        return ""
+    return f"{indent}{SHOWN_AS[name]} {argument}" if name in SHOWN_AS else f"{indent}{argument}"
+
+
 def cut(text: str, limit: int) -> str:
-    """The text, or as many whole paragraphs, else lines, else words of it as `limit` takes."""
+    """The text, or what of it `limit` takes: whole paragraphs or lines if they are half as much,
+    else whole words or characters. A doctest line stays whole.
+    """
     if len(text) <= limit:
         return text
     head = text[: limit + 1]
-    for end in ("\n\n", "\n", " "):
-        if end in head:
-            return head[: head.rindex(end)].rstrip()
+    in_doctest = head.rsplit("\n", 1)[-1].lstrip().startswith((">>>", "..."))
+    least = 0 if in_doctest else limit / 2
+    for end, least_kept in (("\n\n", least), ("\n", least), (" ", math.inf if in_doctest else 0)):
+        at = head.rfind(end)
+        if at > least_kept:
+            return head[:at].rstrip()
+    while limit and unicodedata.combining(text[limit]):
+        limit -= 1
     return text[:limit]
 
 
@@ -197,33 +342,61 @@ def cut(text: str, limit: int) -> str:
 # Splitting and writing
 
 
-def split(records: list[Record]) -> dict[str, list[str]]:
-    """Share the texts out to the files of DATASET; the same records give the same files.
+class Line(NamedTuple):
+    """A record written to the spool: what sorts it, its docstring's digest, place and length."""
+
+    package: str
+    dotted_name: str
+    docstring: bytes
+    start: int
+    size: int
+
+
+class Spool:
+    """The records as JSON lines in a temporary file, so that memory holds none of the texts."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.lines = file, []
+
+    def take(self, records: list[Record]) -> None:
+        for record in records:
+            line = (json.dumps({"text": record.text()}) + "\n").encode()
+            digest = hashlib.sha256(record.docstring.encode()).digest()
+            place = self.file.tell(), len(line)
+            self.lines.append(Line(record.package, record.dotted_name, digest, *place))
+            self.file.write(line)
+
+    def read(self, line: Line) -> bytes:
+        self.file.seek(line.start)
+        return self.file.read(line.size)
+
+
+def split(lines: list[Line]) -> dict[str, list[Line]]:
+    """Share the records out to the files of DATASET; the same records give the same files.
 
     Records with one docstring stay together, so that none is both trained on and tested.
     """
     groups = {}
-    for record in sorted(records):
-        groups.setdefault(record.docstring, []).append(record.text())
+    for line in sorted(lines):
+        groups.setdefault(line.docstring, []).append(line)
     shuffled = list(groups.values())
     random.Random(0).shuffle(shuffled)
 
-    held_out = max(1, round(TEST_SET_SIZE * len(records)))
+    held_out = max(1, round(TEST_SET_SIZE * len(lines)))
     files = {name: [] for name in DATASET}
-    for texts in shuffled:
+    for group in shuffled:
         name = next((n for n in ("test.jsonl", "valid.jsonl") if len(files[n]) < held_out), None)
-        files[name or "train.jsonl"] += texts
+        files[name or "train.jsonl"] += group
     return files
 
 
-def write_files(files: dict[str, list[str]], folder: Path) -> None:
+def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> None:
     """Write each file beside its place, and move all there when all are whole."""
-    folder.mkdir(parents=True, exist_ok=True)
     beside = {name: folder / f"{name}.partial" for name in files}
     try:
-        for name, texts in files.items():
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-            beside[name].write_text(lines, encoding="utf-8")
+        for name, lines in files.items():
+            with open(beside[name], "wb") as file:
+                file.writelines(map(spool.read, lines))
         for name in files:
             os.replace(beside[name], folder / name)
     finally:
@@ -242,49 +415,87 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
-def silence() -> None:
-    """Keep what a package prints or asks for while it is imported away from the terminal."""
-    with open(os.devnull, "r+") as nothing:
-        for stream in (0, 1, 2):
-            os.dup2(nothing.fileno(), stream)
-
-
-def create_dataset(packages: list[str], folder: Path) -> None:
+def create_dataset(
+    packages: list[str], folder: Path, processes: int, tokenizer: str | None
+) -> None:
     """Read the packages, clean and split their docstrings, and write the files.
 
-    Raises ValueError when there is nothing to write.
+    Raises ValueError when there is nothing to write, FileNotFoundError or ValueError when
+    `tokenizer` is no SentencePiece model.
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
-    records, skipped = [], []
-    with ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=silence) as pool:
-        readings = {package: pool.submit(read_package, package) for package in packages}
-        for package, reading in tqdm(readings.items(), "Reading", disable=None):
-            try:
-                found, unread = reading.result()
-            except BrokenProcessPool:
-                raise ValueError(f"reading {package} ended its process: leave it out") from None
-            records += found
-            skipped += unread
-        for start in tqdm(range(0, len(records), BATCH_SIZE), "Cleaning", disable=None):
-            batch = records[start : start + BATCH_SIZE]
-            cleaned = pool.map(clean, [record.docstring for record in batch], chunksize=100)
-            records[start : start + BATCH_SIZE] = [
-                record._replace(docstring=text) for record, text in zip(batch, cleaned, strict=True)
-            ]
-    if len(records) < 3:
-        reason = f" (not read: {'; '.join(skipped)})" if skipped else ""
-        raise ValueError(
-            f"{', '.join(packages)} gave {len(records)} docstrings, too few for three files: "
-            f"name installed packages{reason}"
-        )
+    count_tokens = load_tokenizer(tokenizer) if tokenizer else None
+    packages = list(dict.fromkeys(packages))
+    with tempfile.TemporaryFile() as file:
+        spool, lock = Spool(file), Lock()
 
-    files = split(records)
-    write_files(files, folder)
-    for line in skipped:
-        print(f"skipped {line}", file=sys.stderr)
-    for name, texts in files.items():
-        print(f"{folder / name}: {len(texts)} records, the longest {max(map(len, texts))} chars")
+        def take(records: list[Record]) -> None:
+            with lock:
+                spool.take(records)
+
+        skipped = read_all(packages, take, processes)
+        if len(spool.lines) < 3:
+            raise ValueError(
+                f"{', '.join(packages)} gave {len(spool.lines)} docstrings, too few for three "
+                f"files: name installed packages{says(skipped)}"
+            )
+        files = split(spool.lines)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_files(files, spool, folder)
+    for module, reason in sorted(skipped.items()):
+        print(f"skipped {module}: {reason}")
+    for name in files:
+        summarize(folder / name, count_tokens)
+
+
+def read_all(
+    packages: list[str], take: Callable[[list[Record]], None], processes: int
+) -> dict[str, str]:
+    """Hand the records of all packages to `take`; gives the skipped modules, and why."""
+    skipped, stopped = {}, Event()
+    with ThreadPoolExecutor(processes) as pool:
+        readings = pool.map(lambda package: collect(package, take, stopped), packages)
+        try:
+            for found in tqdm(readings, "Reading", len(packages), unit=" packages", disable=None):
+                skipped |= found
+        except BaseException:  # Ctrl-C, or a full disk
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                end(process)
+            raise
+    return skipped
+
+
+def says(skipped: dict[str, str]) -> str:
+    reasons = "; ".join(f"{module}: {reason}" for module, reason in sorted(skipped.items()))
+    return f" (skipped {reasons})" if reasons else ""
+
+
+def load_tokenizer(path: str) -> Callable[[str], int]:
+    """A function that counts tokens. Raises FileNotFoundError or ValueError."""
+    from sentencepiece import SentencePieceProcessor
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--tokenizer {path} does not exist: name a tokenizer.model")
+    try:
+        model = SentencePieceProcessor(model_file=path)
+    except RuntimeError as error:
+        raise ValueError(f"--tokenizer {path} is not a SentencePiece model: {error}") from error
+    return lambda text: len(model.encode(text))
+
+
+def summarize(path: Path, count_tokens: Callable[[str], int] | None) -> None:
+    """Print how much a file holds."""
+    n_records = n_tokens = longest = 0
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            text = json.loads(line)["text"]
+            n_records, longest = n_records + 1, max(longest, len(text))
+            n_tokens += count_tokens(text) if count_tokens else 0
+    tokens = f", {n_tokens} tokens" if count_tokens else ""
+    print(f"{path}: {n_records} records{tokens}, the longest {longest} characters")
 
 
 def fail(error: BaseException, status: int) -> NoReturn:
@@ -312,12 +523,21 @@ def main() -> None:
     parser.add_argument(
         "--data-folder", default=DATA_FOLDER, help="folder to write (default: %(default)s)"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="packages to read at a time (default: as many as there are cores)",
+    )
+    parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
     args = parser.parse_args()
+    if args.processes < 1:
+        parser.error("--processes is at least 1")
     try:
-        create_dataset(args.packages, Path(args.data_folder))
+        create_dataset(args.packages, Path(args.data_folder), args.processes, args.tokenizer)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, NotADirectoryError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError) as error:
         fail(error, 1)  # the machine failed

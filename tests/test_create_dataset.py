@@ -1,12 +1,20 @@
 """cwk_create_dataset.py on MLX itself and on small packages made for the tests."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from conftest import run_script
+import sentencepiece
+from conftest import MISTRAL_TOKENIZER, ROOT, run_script
 
 import cwk_create_dataset as dataset
+import lora
 
 OLD_RELU = '''
 class ReLU:
@@ -173,9 +181,9 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
     assert sum(map(len, read(tmp_path / "data").values())) == 5
     assert "noise" not in process.stdout
     assert (
-        "skipped lib.bad, ModuleNotFoundError: No module named 'no_such_module'" in process.stderr
+        "skipped lib.bad: ModuleNotFoundError: No module named 'no_such_module'" in process.stdout
     )
-    assert "skipped lib.leaves, SystemExit: 3" in process.stderr
+    assert "skipped lib.leaves: SystemExit: 3" in process.stdout
 
 
 @pytest.mark.parametrize(
@@ -187,6 +195,8 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
         (".. note:: Slow.\n\n>>> f(1)\n2", "Slow.\n\n>>> f(1)\n2"),
         ("One.   \n\n\n\nTwo ``x`` and `y`.", "One.\n\nTwo ``x`` and `y`."),
         ("Summary.\n    More of it.", "Summary.\n\nMore of it."),
+        (".. code-block:: python\n   :linenos:\n\n   f(x)", "f(x)"),
+        ("Text.\n\n.. versionadded:: 1.2", "Text.\n\nNew in version 1.2"),
     ],
 )
 def test_docstrings_are_cleaned(docstring, cleaned):
@@ -198,14 +208,179 @@ def test_docstrings_are_cleaned(docstring, cleaned):
     [
         ("One two.\n\nThree four.", 100, "One two.\n\nThree four."),
         ("One two.\n\nThree four.", 15, "One two."),
-        ("One two\nThree four", 15, "One two"),
+        ("One two\nThree four", 15, "One two\nThree"),
+        ("One two\nThree four", 12, "One two"),
         ("One two three", 9, "One two"),
         ("One two", 7, "One two"),
         ("Onetwothree", 4, "Onet"),
+        ("One.\n\nTwo three four five six.", 22, "One.\n\nTwo three four"),
+        ("Text.\n>>> f(1, 2)\n3", 14, "Text."),
+        ("cafe\u0301s", 4, "caf"),
     ],
 )
 def test_long_docstrings_are_cut_between_paragraphs_lines_or_words(text, limit, expected):
     assert dataset.cut(text, limit) == expected
+
+
+TROUBLE = {
+    "raises": "raise RuntimeError('on purpose')",
+    "leaves": "import sys; sys.exit('bye')",
+    "interrupts": "raise KeyboardInterrupt",
+    "ends": "import os; os._exit(3)",
+    "crashes": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+    "asks": "input('what now? ')",
+    "hangs": "import time; time.sleep(10**6)",
+    "lacks": "import a_package_that_nobody_has",
+}
+HARMLESS = {
+    "prints": "import os; print('noise'); os.write(1, b'noise'); os.write(2, b'noise')",
+    "starts": "import threading, time\nthreading.Thread(target=time.sleep, args=(10**6,)).start()",
+    "shows": "import os; assert 'DISPLAY' not in os.environ",
+}
+NEVER = dict.fromkeys(["__main__", "conftest", "tests", "test_it"], "import os; os._exit(9)")
+
+
+def test_modules_that_misbehave_cost_no_other_and_are_named(tmp_path, mlx_data, monkeypatch, capfd):
+    fine = 'def work():\n    """Works in {name}."""\n'
+    make_package(
+        tmp_path,
+        "troubled",
+        **{name: f"{source}\n{fine.format(name=name)}" for name, source in TROUBLE.items()},
+        **{name: f"{source}\n{fine.format(name=name)}" for name, source in HARMLESS.items()},
+        **NEVER,
+    )
+    make_package(tmp_path, "broken", __init__="import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(dataset, "MODULE_SECONDS", 20)
+    packages = ["troubled", "mlx", "broken", "no_such_package"]
+    dataset.create_dataset(packages, tmp_path / "data", processes=2, tokenizer=None)
+
+    output, errors = capfd.readouterr()
+    for name, reason in {
+        "raises": "RuntimeError: on purpose",
+        "leaves": "SystemExit: bye",
+        "interrupts": "KeyboardInterrupt",
+        "ends": "it exited with 3",
+        "crashes": "killed by SIGSEGV",
+        "asks": "EOFError: EOF when reading a line",
+        "hangs": "it took longer than 20 s",
+        "lacks": "ModuleNotFoundError: No module named 'a_package_that_nobody_has'",
+    }.items():
+        assert f"skipped troubled.{name}: {reason}\n" in output
+    assert "skipped broken: killed by SIGABRT\n" in output
+    assert "skipped no_such_package: ModuleNotFoundError" in output
+    assert output.count("skipped") == len(TROUBLE) + 2
+    assert "noise" not in output + errors
+
+    texts = {text for file in read(tmp_path / "data").values() for text in file}
+    assert {text for file in read(mlx_data).values() for text in file} < texts
+    assert {text for text in texts if "troubled" in text} == {
+        f"Q: What is work in troubled?\nA: troubled.{name}.work Works in {name}."
+        for name in HARMLESS
+    }
+
+
+def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path):
+    packages = ["sentencepiece", "tqdm", "json", "numpy"]
+    folders = []
+    for processes in ("1", "3"):
+        folders.append(tmp_path / processes)
+        process = run_script(
+            "cwk_create_dataset.py", *packages, "--processes", processes,
+            "--data-folder", folders[-1],
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        packages.reverse()
+    assert read(folders[0]) == read(folders[1])
+
+
+def test_ctrl_c_ends_all_processes(tmp_path):
+    make_package(tmp_path, "slow", hangs="import time; time.sleep(10**6)")
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "cwk_create_dataset.py", "slow", "--data-folder", tmp_path / "d"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    time.sleep(3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert errors == ""
+    assert not children.exists()
+    assert not (tmp_path / "d").exists()
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
+
+
+def test_tokens_are_counted_with_the_tokenizer_given(tmp_path):
+    process = run_script(
+        "cwk_create_dataset.py", "json", "--data-folder", tmp_path,
+        "--tokenizer", MISTRAL_TOKENIZER,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    model = sentencepiece.SentencePieceProcessor(model_file=str(MISTRAL_TOKENIZER))
+    texts = read(tmp_path)["train.jsonl"]
+    expected = sum(len(model.encode(text)) for text in texts)
+    line = next(line for line in process.stdout.splitlines() if "train.jsonl" in line)
+    assert f": {len(texts)} records, {expected} tokens, the longest {max(map(len, texts))}" in line
+
+
+def test_hugging_faces_datasets_reads_the_files(mlx_data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = {"train": str(mlx_data / "train.jsonl"), "test": str(mlx_data / "test.jsonl")}
+    loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path))
+    assert loaded["train"]["text"][:] == read(mlx_data)["train.jsonl"]
+    assert loaded["test"]["text"][:] == read(mlx_data)["test.jsonl"]
+
+
+def test_lora_reads_the_files(mlx_data):
+    for name in dataset.DATASET:
+        assert list(lora.Dataset(mlx_data / name)) == read(mlx_data)[name]
+
+
+def test_what_python_writes_by_itself_is_no_docstring(tmp_path):
+    make_package(
+        tmp_path,
+        "generated",
+        a="""
+from collections import namedtuple
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+@dataclass
+class Data:
+    x: int = 0
+
+Pair = namedtuple("Pair", "x y")
+
+class Named(NamedTuple):
+    x: int
+
+class Colour(Enum):
+    RED = 1
+
+class Error(ValueError):
+    pass
+
+@dataclass
+class Told:
+    \"\"\"Told(x) is told.\"\"\"
+    x: int
+
+def one():
+    \"\"\"One.\"\"\"
+
+def two():
+    \"\"\"Two.\"\"\"
+""",
+    )
+    process = run(tmp_path, "generated", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    texts = {text for file in read(tmp_path / "data").values() for text in file}
+    assert {text.split()[3] for text in texts} == {"Told", "one", "two"}
 
 
 def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
@@ -213,7 +388,7 @@ def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
         "cwk_create_dataset.py: error: no_such_package gave 0 docstrings, too few for three files: "
-        "name installed packages (not read: no_such_package, ModuleNotFoundError: No module named "
+        "name installed packages (skipped no_such_package: ModuleNotFoundError: No module named "
         "'no_such_package')"
     ]
     assert not (tmp_path / "data").exists()
