@@ -215,6 +215,7 @@ def be_alone() -> None:
 @contextmanager
 def reader(package: str, left_out: set[str]) -> Iterator[tuple[Connection, Callable[[], str]]]:
     """A process that reads a package: what it sends, and a function that says how it ended."""
+    os.environ["PYTHONHASHSEED"] = "0"  # some docstrings print sets, which then have one order
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe(duplex=False)
     process = context.Process(target=read_package, args=(package, left_out, theirs), daemon=True)
@@ -293,11 +294,12 @@ def clean(docstring: str) -> str:
     """Make a docstring plain text, and no longer than SEQ_LIMIT.
 
     reStructuredText roles and directives become the text that a reader sees; the summary is a
-    paragraph of its own; trailing space and runs of blank lines go.
+    paragraph of its own; trailing space, runs of blank lines and memory addresses go.
     """
     if PREPROCESS:
         text = ROLE.sub(lambda match: visible(match[1]), docstring)
         text = DIRECTIVE.sub(shown, text)
+        text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # another at each run
         text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
         text = re.sub(r"\A([^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)
         docstring = re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -248,6 +248,7 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
         (".. note:: Slow.\n\n>>> f(1)\n2", "Slow.\n\n>>> f(1)\n2"),
         ("One.   \n\n\n\nTwo ``x`` and `y`.", "One.\n\nTwo ``x`` and `y`."),
         ("Summary.\n    More of it.", "Summary.\n\nMore of it."),
+        ("Calls <function f at 0x7f03ab>.", "Calls <function f>."),
         (".. code-block:: python\n   :linenos:\n\n   f(x)", "f(x)"),
         ("Text.\n\n.. versionadded:: 1.2", "Text.\n\nNew in version 1.2"),
     ],
@@ -335,13 +336,15 @@ def test_modules_that_misbehave_cost_no_other_and_are_named(tmp_path, mlx_data, 
 
 
 def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path):
-    packages = ["sentencepiece", "tqdm", "json", "numpy"]
+    sets = "def f(): pass\nf.__doc__ = f'One of {set(map(str, range(50)))}.'"
+    make_package(tmp_path, "printed", sets=sets)
+    packages = ["printed", "sentencepiece", "tqdm", "json", "numpy"]
     folders = []
     for processes in ("1", "3"):
         folders.append(tmp_path / processes)
         process = run_script(
             "cwk_create_dataset.py", *packages, "--processes", processes,
-            "--data-folder", folders[-1],
+            "--data-folder", folders[-1], PYTHONPATH=str(tmp_path),
         )  # fmt: skip
         assert process.returncode == 0, process.stderr
         packages.reverse()
