@@ -94,37 +94,45 @@ def describe(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:100].rstrip(": ")
 
 
+def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
+    """`isinstance` by the real type: a proxy's `__class__` may run code, and fail."""
+    return issubclass(type(value), kind)
+
+
+def attribute(value: object, name: str) -> object:
+    """An attribute of a foreign object, or None where looking it up fails, however it does."""
+    try:
+        return getattr(value, name, None)
+    except BaseException:
+        return None
+
+
 def public_members(owner: object) -> Iterator[tuple[str, object]]:
     """Names and values that a module or class holds itself, nothing private or inherited."""
-    for name, value in sorted(vars(owner).items()):
+    for name, value in sorted(vars(owner).items(), key=lambda item: item[0]):
         if not name.startswith("_"):
-            yield name, getattr(value, "__func__", value)  # what a classmethod wraps
+            yield name, value.__func__ if is_a(value, (classmethod, staticmethod)) else value
 
 
 def belongs_to(value: object, package: str) -> bool:
     """Whether a value is a part of the package, and not imported into it from elsewhere."""
-    if inspect.ismodule(value):
-        home = value.__name__
-    elif isinstance(value, property):
+    if is_a(value, property):
         return True
-    else:
-        home = getattr(value, "__module__", None)
-        if not isinstance(home, str):  # as for the methods of compiled classes
-            home = getattr(getattr(value, "__objclass__", None), "__module__", package)
+    home = attribute(value, "__name__" if is_a(value, ModuleType) else "__module__")
+    if not isinstance(home, str):  # as for the methods of compiled classes
+        home = attribute(attribute(value, "__objclass__"), "__module__") or package
     return home == package or home.startswith(f"{package}.")
 
 
 def own_docstring(value: object) -> str | None:
     """The docstring of a module, class, function or property, unless it is its type's."""
-    if not (inspect.ismodule(value) or callable(value) or isinstance(value, property)):
+    if not (is_a(value, (ModuleType, property)) or callable(value)):
         return None
-    if inspect.isclass(value):
-        docstring = vars(value).get("__doc__")
-    else:
-        docstring = getattr(value, "__doc__", None)
-    if not isinstance(docstring, str) or docstring == type(value).__doc__:
+    is_class = is_a(value, type)
+    docstring = vars(value).get("__doc__") if is_class else attribute(value, "__doc__")
+    if not is_a(docstring, str) or docstring == type(value).__doc__:
         return None
-    if inspect.isclass(value) and is_generated(docstring, value):
+    if is_class and is_generated(docstring, value):
         return None
     # Half a character cannot be written to a file.
     return inspect.cleandoc(docstring).strip().encode("utf-8", "replace").decode() or None
@@ -158,15 +166,15 @@ def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
                 continue
             seen.add(id(value))
             yield name, path, value
-            if inspect.ismodule(value):
+            if is_a(value, ModuleType):
                 level.append(("", path, value))
-            elif inspect.isclass(value):
+            elif is_a(value, type):
                 level.append((f"{name}.", path, value))
 
 
 def home(value: object) -> str:
     """The dotted name under which an object was defined, as far as it knows."""
-    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+    return f"{attribute(value, '__module__')}.{attribute(value, '__qualname__')}"
 
 
 def find_records(package: ModuleType) -> Iterator[Record]:

@@ -290,6 +290,14 @@ HARMLESS = {
     "prints": "import os; print('noise'); os.write(1, b'noise'); os.write(2, b'noise')",
     "starts": "import threading, time\nthreading.Thread(target=time.sleep, args=(10**6,)).start()",
     "shows": "import os; assert 'DISPLAY' not in os.environ",
+    "proxies": """
+class Proxy:
+    def __getattribute__(self, name):
+        raise RuntimeError(name)
+    def __call__(self):
+        pass
+request = Proxy()
+""",
 }
 NEVER = dict.fromkeys(["__main__", "conftest", "tests", "test_it"], "import os; os._exit(9)")
 
