@@ -150,6 +150,7 @@ def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
     Level by level, so that an object's path is the shortest public one; of several, the one where
     it was defined, else the alphabetically first. A member of a class is named with it.
     """
+    yield package.__name__, package.__name__, package
     seen = {id(package)}
     level = [("", package.__name__, package)]
     while level:

@@ -408,6 +408,7 @@ def test_what_python_writes_by_itself_is_no_docstring(tmp_path):
     make_package(
         tmp_path,
         "generated",
+        __init__='''"""The package itself."""''',
         a="""
 from collections import namedtuple
 from dataclasses import dataclass
@@ -444,7 +445,7 @@ def two():
     process = run(tmp_path, "generated", "--data-folder", tmp_path / "data")
     assert process.returncode == 0, process.stderr
     texts = {text for file in read(tmp_path / "data").values() for text in file}
-    assert {text.split()[3] for text in texts} == {"Told", "one", "two"}
+    assert {text.split()[3] for text in texts} == {"generated", "Told", "one", "two"}
 
 
 def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
