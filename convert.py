@@ -3,7 +3,10 @@
 python convert.py --torch-path mistral-7B-v0.1/ --mlx-path mistral-7B-v0.1-mlx/
 python convert.py --torch-path mistral-7B-v0.1/ --mlx-path mistral-7B-v0.1-4bit/ -q
 
-In: a folder in Meta's release layout, with consolidated.00.pth, params.json and tokenizer.model.
+In: a folder with tokenizer.model and one of
+- consolidated.00.pth, or the parts consolidated.00.pth, consolidated.01.pth, ..., and params.json;
+- consolidated.safetensors and params.json;
+- model*.safetensors or pytorch_model*.bin, and config.json, as Hugging Face has them.
 Out: a folder with weights.npz (float16), params.json and tokenizer.model, for lora.py --model.
 """
 
@@ -12,26 +15,59 @@ import copy
 import json
 import os
 import shutil
+import signal
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import Model, ModelArgs
+from models import Model, ModelArgs, open_streams
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-CHECKPOINT = "consolidated.00.pth"
 FILES = ("tokenizer.model", "weights.npz", "params.json")  # what a converted model consists of
-NOT_PARAMETERS = {"rope.freqs"}  # stored in some checkpoints, computed by the model
+NOT_PARAMETERS = ("rope.freqs", ".rotary_emb.inv_freq")  # in some checkpoints; the model has them
+
+CONTEXT = 2048  # tokens that lora.py trains on at most, unless told otherwise
+
+HUGGING_FACE_CONFIG = {  # what ModelArgs calls the values of config.json
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "head_dim": "head_dim",
+    "hidden_dim": "intermediate_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "rope_theta": "rope_theta",
+}
+HUGGING_FACE_NAMES = {  # what Meta's checkpoints call the modules
+    "lm_head": "output",
+    "model.embed_tokens": "tok_embeddings",
+    "model.norm": "norm",
+    "model.layers": "layers",
+    "self_attn.q_proj": "attention.wq",
+    "self_attn.k_proj": "attention.wk",
+    "self_attn.v_proj": "attention.wv",
+    "self_attn.o_proj": "attention.wo",
+    "mlp.gate_proj": "feed_forward.w1",
+    "mlp.down_proj": "feed_forward.w2",
+    "mlp.up_proj": "feed_forward.w3",
+    "input_layernorm": "attention_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 
 # -------------------------------------------------------------------------------------------------
 # Arguments
@@ -82,90 +118,282 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 # -------------------------------------------------------------------------------------------------
-# Reading
+# Reading. Files are opened anew for each tensor: the pages of one that stays mapped into memory
+# would add up to the whole checkpoint.
 
 
-def open_checkpoint(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a .pth file by name, mapped into memory: read when they are looked at.
+class Stored(NamedTuple):
+    """A tensor in a file: its shape, and a function that reads it."""
 
-    No code of the file is run (`weights_only`). Raises FileNotFoundError, or ValueError when it
-    holds anything but tensors.
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
+# Of each tensor, the parts that it is stored in: one, but for Meta's larger models.
+Tensors = dict[str, list[Stored]]
+
+
+def open_checkpoint(folder: Path) -> tuple[Path, dict, Tensors]:
+    """The file of the params, the params under Meta's names, and the tensors under Meta's names.
+
+    Raises FileNotFoundError, or ValueError when the files are damaged or of another architecture.
     """
+    params, config = folder / "params.json", folder / "config.json"
+    if parts := sorted(folder.glob("consolidated.*.pth")):
+        for i in range(int(parts[-1].suffixes[-2][1:]) + 1):
+            find_file(folder / f"consolidated.{i:02}.pth")
+        return params, read_params(params), gather(map(open_torch, parts))
+    if (single := folder / "consolidated.safetensors").is_file():
+        return params, read_params(params), gather([open_safetensors(single)])
+    for pattern, open_file in (
+        ("model*.safetensors", open_safetensors),
+        ("pytorch_model*.bin", open_torch),
+    ):
+        if parts := sorted(folder.glob(pattern)):
+            for index in folder.glob(f"{pattern}.index.json"):
+                for name in set(read_json(index).get("weight_map", {}).values()):
+                    find_file(folder / name)
+            return config, *from_hugging_face(read_json(config), gather(map(open_file, parts)))
+    raise FileNotFoundError(
+        f"{folder} holds no checkpoint: --torch-path takes a folder with consolidated.00.pth, "
+        "consolidated.safetensors, model*.safetensors or pytorch_model*.bin"
+    )
+
+
+def find_file(path: Path) -> Path:
+    """The path itself. Raises FileNotFoundError."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing: --torch-path takes a folder with {CHECKPOINT}, params.json and "
-            "tokenizer.model"
-        )
-    if path.with_name("consolidated.01.pth").exists():
-        raise ValueError(f"{path.parent} holds a checkpoint in several parts, which is not read")
+        raise FileNotFoundError(f"{path} is missing: it is part of the checkpoint")
+    return path
+
+
+def gather(files: Iterable[dict[str, Stored]]) -> Tensors:
+    """The parts of each tensor, in the order of the files that they are in."""
+    tensors = {}
+    for file in files:
+        for name, stored in file.items():
+            if not name.endswith(NOT_PARAMETERS):
+                tensors.setdefault(name, []).append(stored)
+    return tensors
+
+
+def open_torch(path: Path) -> dict[str, Stored]:
+    """The tensors of a file of torch's. No code of the file is run (`weights_only`)."""
+
+    def load() -> dict[str, torch.Tensor]:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = load()
     except Exception as error:  # a damaged archive raises almost anything
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
     if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} does not hold tensors by name")
-    return {name: tensor for name, tensor in state.items() if name not in NOT_PARAMETERS}
+    return {
+        name: Stored(tuple(tensor.shape), lambda name=name: load()[name])
+        for name, tensor in state.items()
+    }
 
 
-def read_config(path: Path, state: dict[str, torch.Tensor]) -> dict:
-    """What `ModelArgs` takes, from `params.json`, completed from the shapes of the checkpoint.
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of a .safetensors file."""
 
-    Raises FileNotFoundError, or ValueError when a value is missing or cannot be.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it comes with the checkpoint")
+    def read(name: str) -> torch.Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(name)
+
     try:
-        params = json.loads(path.read_text(encoding="utf-8"))
+        with safe_open(path, "pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except Exception as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
+    return {name: Stored(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
+    try:
+        params = json.loads(find_file(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(params, dict):
         raise ValueError(f"{path} does not hold an object")
+    return params
 
+
+def read_params(path: Path) -> dict:
+    """`params.json` of Meta's or Mistral's releases."""
+    params = read_json(path)
+    for name, reason in {
+        "moe": "a mixture of experts",
+        "use_scaled_rope": "scaled RoPE",
+        "rope_scaling": "scaled RoPE",
+        "yarn": "scaled RoPE",
+    }.items():
+        if params.get(name):
+            raise ValueError(f"{path}: {reason} ({name}) is not supported")
+    return params
+
+
+def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
+    """Hugging Face's config and tensors as Meta's. Raises ValueError for what cannot be run."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    for wrong, reason in (
+        ("num_local_experts" in config, "a mixture of experts"),
+        (
+            config.get("model_type") not in ("llama", "mistral"),
+            f"the architecture {config.get('model_type')}",
+        ),
+        (config.get("attention_bias") or config.get("mlp_bias"), "a model with biases"),
+        (kind != "default", f"scaled RoPE ({kind})"),
+        (config.get("hidden_act", "silu") != "silu", f"activation {config.get('hidden_act')}"),
+    ):
+        if wrong:
+            raise ValueError(f"config.json: {reason} is not supported")
+    known = {ours: config.get(theirs) for ours, theirs in HUGGING_FACE_CONFIG.items()}
+    known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
+    known["sliding_window"] = config.get("sliding_window")
+    params = {name: value for name, value in known.items() if value is not None}
+
+    renamed = {}
+    for name, parts in tensors.items():
+        for theirs, ours in HUGGING_FACE_NAMES.items():
+            name = name.replace(f"{theirs}.", f"{ours}.")
+        if name.endswith((".wq.weight", ".wk.weight")):
+            heads = params.get("n_heads") if ".wq." in name else params.get("n_kv_heads")
+            parts = [interleaved(parts[0], heads or params.get("n_heads"))]
+        renamed[name] = parts
+    if config.get("tie_word_embeddings") and "tok_embeddings.weight" in renamed:
+        renamed.setdefault("output.weight", renamed["tok_embeddings.weight"])
+    return params, renamed
+
+
+def interleaved(stored: Stored, n_heads: int) -> Stored:
+    """Rows of wq or wk as Meta has them: of each head, a row of the first half, then its partner
+    of the second, where Hugging Face has one half behind the other.
+    """
+
+    def read() -> torch.Tensor:
+        halves = stored.read().unflatten(0, (n_heads, 2, -1))  # heads, halves, rows, columns
+        return halves.transpose(1, 2).flatten(0, 2)
+
+    return Stored(stored.shape, read)
+
+
+def complete(params: dict, tensors: Tensors) -> dict:
+    """What `ModelArgs` takes, completed from the shapes of the tensors.
+
+    Raises ValueError when a value is missing or cannot be.
+    """
     if isinstance(params.get("vocab_size"), int) and params["vocab_size"] < 0:
-        del params["vocab_size"]  # Meta leaves it to the tokenizer
+        params = {name: value for name, value in params.items() if name != "vocab_size"}
+
+    def rows(name: str) -> int:
+        return sum(part.shape[0] for part in tensors[name])
+
     implied = {
         "n_kv_heads": lambda: params["n_heads"],
         "head_dim": lambda: params["dim"] // params["n_heads"],
-        "hidden_dim": lambda: state["layers.0.feed_forward.w1.weight"].shape[0],
-        "vocab_size": lambda: state["output.weight"].shape[0],
+        "hidden_dim": lambda: rows("layers.0.feed_forward.w1.weight"),
+        "vocab_size": lambda: rows("output.weight"),
         "rope_theta": lambda: ModelArgs.rope_theta,
     }
     config = {}
     for name, kind in ModelArgs.__annotations__.items():
         try:
             value = params[name] if name in params else implied[name]()
-        except (KeyError, TypeError, ZeroDivisionError) as error:
-            raise ValueError(f"{path} lacks {name}, and nothing implies it ({error})") from error
+        except (KeyError, TypeError, ZeroDivisionError, IndexError) as error:
+            raise ValueError(f"lacks {name}, and nothing implies it ({error})") from error
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not number or not 0 < value < float("inf") or (kind is int and value != int(value)):
-            raise ValueError(f"{path}: {name} is {value!r}, not a positive {kind.__name__}")
+            raise ValueError(f"{name} is {value!r}, not a positive {kind.__name__}")
         config[name] = kind(value)
     return config
 
 
-def read_weights(state: dict[str, torch.Tensor], config: dict) -> Iterator[tuple[str, np.ndarray]]:
+def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter, in the model's order."""
+    parameters = Model(ModelArgs(**config)).parameters()
+    return {name: value.shape for name, value in tree_flatten(parameters)}
+
+
+def check_shapes(tensors: Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raise ValueError, which names the tensor, when the tensors are not the model's parameters."""
+    for name in sorted(shapes.keys() ^ tensors.keys()):
+        if name in shapes:
+            raise ValueError(f"the checkpoint lacks {name}, which its params imply")
+        reason = "biases are not supported" if name.endswith(".bias") else "it is no parameter"
+        raise ValueError(f"the checkpoint holds an unknown {name}: {reason}")
+    for name, shape in shapes.items():
+        split_axis(name, tensors[name], shape)
+
+
+def split_axis(name: str, parts: list[Stored], shape: tuple[int, ...]) -> int | None:
+    """The axis along which the parts are to be joined, or None where each is the whole.
+
+    Meta splits rows of some matrices and columns of others, and repeats the norms.
+    """
+    if all(part.shape == shape for part in parts):
+        return None
+    for axis in range(len(shape)):
+        joined = list(parts[0].shape)
+        same_rank = all(len(part.shape) == len(shape) for part in parts)
+        if same_rank:
+            joined[axis] = sum(part.shape[axis] for part in parts)
+            if tuple(joined) == shape:
+                return axis
+    stored = " and ".join(str(part.shape) for part in parts)
+    raise ValueError(f"{name} has the shape {stored}, where the params imply {shape}")
+
+
+def read_weights(
+    tensors: Tensors, shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
     """Each parameter of the model, in the model's order, as float16.
 
-    Raises ValueError when the tensors are not the model's parameters in name and shape, or when a
-    value is not finite in float16.
+    Raises ValueError when a value is not finite in float16, or cannot be read.
     """
-    shapes = {
-        name: value.shape for name, value in tree_flatten(Model(ModelArgs(**config)).parameters())
-    }
-    for name in sorted(shapes.keys() ^ state.keys()):
-        has = "lacks" if name in shapes else "holds an unknown"
-        raise ValueError(f"the checkpoint {has} {name}: params.json describes another model")
     for name, shape in shapes.items():
-        if tuple(state[name].shape) != shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(state[name].shape)}, params.json implies {shape}"
-            )
-    for name in shapes:
-        half = state[name].to(torch.float16).numpy()
-        if not np.isfinite(half).all():
+        axis = split_axis(name, tensors[name], shape)
+        try:
+            parts = [part.read() for part in tensors[name][: None if axis is not None else 1]]
+        except Exception as error:
+            raise ValueError(f"{name} cannot be read ({str(error).splitlines()[0]})") from error
+        tensor = parts[0] if axis is None else torch.cat(parts, axis)
+        half = tensor.to(torch.float16)
+        if not all(map(torch.isfinite, torch.aminmax(half))):
             raise ValueError(f"{name} holds values that are not finite in float16")
-        yield name, half
+        yield name, half.numpy()
+
+
+def ahead(items: Iterable) -> Iterator:
+    """The items, each made in a thread while the one before it is in use."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(next, items, None)
+            yield item
+
+
+def find_tokenizer(folder: Path) -> Path:
+    """The SentencePiece model of a checkpoint. Raises FileNotFoundError or ValueError."""
+    found = [folder / "tokenizer.model", *sorted(folder.glob("tokenizer.model.v*"))]
+    path = next((path for path in found if path.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"{folder / 'tokenizer.model'} is missing: copy the model's SentencePiece tokenizer "
+            "there (others, such as Tekken or tokenizer.json, are not supported)"
+        )
+    try:
+        SentencePieceProcessor(model_file=str(path))
+    except RuntimeError as error:
+        raise ValueError(
+            f"{path} is no SentencePiece model, such as Llama 3's, or is damaged"
+        ) from error
+    return path
 
 
 # -------------------------------------------------------------------------------------------------
@@ -199,6 +427,7 @@ def quantize_each(
         for name, module in Model(ModelArgs(**shape)).named_modules()
         if isinstance(module, nn.Linear) and name != "output"
     }
+    streams = open_streams(os.cpu_count())
     for name, weight in weights:
         if name not in linear:
             yield name, mx.array(weight)
@@ -208,9 +437,15 @@ def quantize_each(
                 f"the {weight.shape[1]} columns of {name} do not divide into groups of "
                 f"{settings['group_size']}: give a smaller --q-group-size"
             )
-        parts = mx.quantize(mx.array(weight), **settings)
-        for part, array in zip(("weight", "scales", "biases"), parts, strict=True):
-            yield f"{name.removesuffix('weight')}{part}", array
+        pieces = np.array_split(weight, min(len(weight), len(streams)))
+        quantized = [
+            mx.quantize(mx.array(piece), **settings, stream=stream)
+            for piece, stream in zip(pieces, streams, strict=False)
+        ]
+        mx.eval(quantized)
+        parts = zip(*quantized, strict=True)
+        for part, arrays in zip(("weight", "scales", "biases"), parts, strict=True):
+            yield f"{name.removesuffix('weight')}{part}", mx.concatenate(arrays)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -225,39 +460,100 @@ def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]]) -
                 np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
 
 
+def stored_bytes(shapes: dict[str, tuple[int, ...]], config: dict) -> int:
+    """Bytes that the converted weights take, but for the names."""
+    bits = 16
+    if "quantization" in config:  # a scale and a bias, float16, for each group
+        bits = config["quantization"]["bits"] + 32 / config["quantization"]["group_size"]
+    kept = ("tok_embeddings.weight", "output.weight")
+    return sum(
+        int(np.prod(shape) * (16 if name in kept or len(shape) == 1 else bits) / 8)
+        for name, shape in shapes.items()
+    )
+
+
+def check_space(needed: int, folder: Path) -> None:
+    """Raise OSError when the disk lacks the bytes."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise OSError(
+            f"the converted model takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} are free on the "
+            f"disk of {folder}"
+        )
+
+
 def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     """Convert the checkpoint in `torch_path` into the folder `mlx_path`.
 
-    All is written into a folder beside `mlx_path` and moved there when it is whole.
+    Raises ValueError or FileNotFoundError for what the user can mend, OSError when the disk fails.
     """
-    if mlx_path.resolve() == torch_path.resolve():
+    target = mlx_path.resolve()
+    if target == torch_path.resolve():
         raise ValueError(f"--mlx-path is the checkpoint's own folder, {torch_path}: name another")
-    for path in (mlx_path, *mlx_path.parents):
+    for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"--mlx-path {mlx_path}: {path} is a file, not a folder")
-    state = open_checkpoint(torch_path / CHECKPOINT)
-    config = read_config(torch_path / "params.json", state)
-    if not (torch_path / "tokenizer.model").is_file():
-        raise FileNotFoundError(f"{torch_path / 'tokenizer.model'} is missing: copy it there")
+    source, params, tensors = open_checkpoint(torch_path)
+    try:
+        config = complete(params, tensors)
+        shapes = parameter_shapes(config)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    check_shapes(tensors, shapes)
+    tokenizer = find_tokenizer(torch_path)
 
-    weights = tqdm(read_weights(state, config), "Converting", len(state), disable=None)
+    weights = with_progress(ahead(read_weights(tensors, shapes)), shapes)
     if args.quantize:
         settings = {"group_size": args.q_group_size, "bits": args.q_bits}
         config = {**config, "quantization": settings}
         weights = quantize_each(weights, config)
+    check_space(stored_bytes(shapes, config), target)
+    window = params.get("sliding_window")
+    if isinstance(window, int) and window < CONTEXT:
+        warn(f"the model was trained to see {window} positions; here it sees all before it")
+    with replaced_folder(target) as folder:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        write_npz(folder / "weights.npz", weights)
+        (folder / "params.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    staged = mlx_path.resolve().with_name(f"{mlx_path.resolve().name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was cut off
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """A folder to write the model into, which becomes `target` when all is written.
+
+    Into a folder that exists, the files are moved one by one: it may be a disk of its own, and may
+    hold other files. params.json is away meanwhile, so that no two models can be taken for one.
+    """
+    exists = target.exists()
+    staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
     staged.mkdir(parents=True)
     try:
-        shutil.copyfile(torch_path / "tokenizer.model", staged / "tokenizer.model")
-        write_npz(staged / "weights.npz", weights)
-        (staged / "params.json").write_text(json.dumps(config, indent=2) + "\n")
-        mlx_path.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
-            os.replace(staged / name, mlx_path / name)
+        yield staged
+        if exists:
+            (target / "params.json").unlink(missing_ok=True)
+            for name in FILES:
+                os.replace(staged / name, target / name)
+        else:
+            staged.rename(target)
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def with_progress(
+    weights: Iterable[tuple[str, np.ndarray]], shapes: dict[str, tuple[int, ...]]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Pass the weights on, and show how many bytes of float16 are done."""
+    total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
+    with tqdm(desc="Converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for name, array in weights:
+            yield name, array
+            bar.update(array.nbytes)
+
+
+def warn(message: str) -> None:
+    print(f"convert.py: warning: {message}", file=sys.stderr)
 
 
 def fail(error: BaseException, status: int) -> NoReturn:
@@ -269,6 +565,7 @@ def fail(error: BaseException, status: int) -> NoReturn:
 
 def main() -> None:
     args = build_parser().parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clean up
     try:
         convert(Path(args.torch_path), Path(args.mlx_path), args)
     except KeyboardInterrupt:

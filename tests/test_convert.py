@@ -200,10 +200,10 @@ def changed(**tensors):
         (None, "[]", "params.json does not hold an object"),
         (None, {**META, "dim": "64"}, "params.json: dim is '64', not a positive int"),
         (None, {**META, "n_layers": 2.5}, "params.json: n_layers is 2.5, not a positive int"),
-        (None, {k: v for k, v in META.items() if k != "n_heads"}, "params.json lacks head_dim"),
+        (None, {k: v for k, v in META.items() if k != "n_heads"}, "params.json: lacks head_dim"),
         (None, {**META, "n_layers": 4}, "lacks layers.3."),
         (None, {**META, "n_layers": 2}, "holds an unknown layers.2."),
-        (None, {**META, "dim": 128}, "params.json implies"),
+        (None, {**META, "dim": 128}, "where the params imply"),
         ({"layers.1.attention.wq.bias": torch.zeros(64)}, META, "unknown layers.1"),
         ({"norm.weight": torch.full((64,), float("nan"))}, META, "norm.weight holds values that"),
         ({"norm.weight": torch.full((64,), 1e6)}, META, "norm.weight holds values that"),
@@ -219,7 +219,7 @@ def test_a_checkpoint_that_does_not_fit_is_one_line_and_nothing_is_written(
 
 
 def test_impossible_calls_are_one_line(checkpoint, tmp_path):
-    assert "nowhere/consolidated.00.pth is missing" in error_of(run("nowhere", tmp_path / "mlx"))
+    assert "nowhere holds no checkpoint" in error_of(run("nowhere", tmp_path / "mlx"))
     assert "own folder" in error_of(run(checkpoint, checkpoint))
     assert "--q-bits" in error_of(run(checkpoint, tmp_path / "mlx", "-q", "--q-bits", 7))
     assert "do not divide into groups of 128" in error_of(
