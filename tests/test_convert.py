@@ -1,15 +1,21 @@
-"""convert.py on small checkpoints in Meta's layout."""
+"""convert.py on small checkpoints in every layout, whole and damaged."""
 
 import argparse
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
-from conftest import MISTRAL_TOKENIZER, TINY, run_script
+import transformers
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script
 
 import convert
 import lora
@@ -238,3 +244,316 @@ def test_a_failed_conversion_leaves_the_model_that_was_there(checkpoint, tmp_pat
     before = {path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()}
     assert run(checkpoint, tmp_path / "mlx", "-q", "--q-group-size", 128).returncode == 2
     assert {path.name: path.read_bytes() for path in (tmp_path / "mlx").iterdir()} == before
+
+
+# -------------------------------------------------------------------------------------------------
+# Layouts
+
+
+def shards(tensors: dict[str, torch.Tensor], n: int, embeddings_axis: int) -> list[dict]:
+    """What each of `n` model-parallel ranks stores, as Meta's releases split it."""
+    axes = {"wo": 1, "w2": 1, "tok_embeddings": embeddings_axis}
+    files = [{} for _ in range(n)]
+    for name, tensor in tensors.items():
+        if tensor.ndim == 1:
+            parts = [tensor] * n
+        else:
+            parts = tensor.chunk(n, axes.get(name.split(".")[-2], 0))
+        for file, part in zip(files, parts, strict=True):
+            file[name] = part.clone()
+    return files
+
+
+THEIR_NAMES = {  # transformers' names
+    "tok_embeddings": "embed_tokens",
+    "output": "lm_head",
+    "attention": "self_attn",
+    "wq": "q_proj",
+    "wk": "k_proj",
+    "wv": "v_proj",
+    "wo": "o_proj",
+    "feed_forward": "mlp",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def hugging_face_model(folder) -> transformers.LlamaForCausalLM:
+    """The checkpoint as transformers' Llama, written into a folder with sharded safetensors."""
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        vocab_size=32000,
+        rope_theta=1e6,
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    state = {}
+    for name, tensor in checkpoint_tensors(n_kv_heads=2).items():
+        name = ".".join(THEIR_NAMES.get(part, part) for part in name.split("."))
+        name = name if name.startswith("lm_head") else f"model.{name}"
+        if name.endswith(("q_proj.weight", "k_proj.weight")):  # pairs of rows become two halves
+            heads = 4 if "q_proj" in name else 2
+            tensor = tensor.reshape(heads, -1, 2, 64).transpose(1, 2).reshape(-1, 64)
+        state[name] = tensor
+    del state["model.rope.freqs"]
+    model.load_state_dict(state)
+    model.save_pretrained(folder, max_shard_size="3MB")
+    shutil.copy(MISTRAL_TOKENIZER, folder / "tokenizer.model")
+    return model
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hugging-face")
+    return folder, hugging_face_model(folder)
+
+
+GROUPED = {**META, "n_kv_heads": 2, "rope_theta": 1e6}
+
+
+def write_shards(n: int, embeddings_axis: int):
+    def write(folder):
+        files = shards(checkpoint_tensors(n_kv_heads=2), n, embeddings_axis)
+        write_checkpoint(folder, files[0], GROUPED)
+        for i, file in enumerate(files):
+            torch.save(file, folder / f"consolidated.{i:02}.pth")
+
+    return write
+
+
+def write_safetensors(folder):
+    write_checkpoint(folder, {}, GROUPED)
+    (folder / "consolidated.00.pth").unlink()
+    tensors = checkpoint_tensors(n_kv_heads=2)
+    safetensors.torch.save_file(tensors, folder / "consolidated.safetensors")
+    (folder / "tokenizer.model").rename(folder / "tokenizer.model.v3")
+
+
+def write_hugging_face(folder):
+    hugging_face_model(folder)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+
+
+def write_pytorch_bin(folder):
+    model = hugging_face_model(folder)
+    for path in folder.glob("model*"):
+        path.unlink()
+    names = list(model.state_dict())
+    for i in range(2):
+        part = {name: model.state_dict()[name].clone() for name in names[i::2]}
+        torch.save(part, folder / f"pytorch_model-{i + 1:05}-of-00002.bin")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_shards(2, 0),
+        write_shards(2, 1),
+        write_safetensors,
+        write_hugging_face,
+        write_pytorch_bin,
+    ],
+)
+def test_every_layout_of_one_model_gives_the_same_bytes(write, tmp_path):
+    write_checkpoint(tmp_path / "one", checkpoint_tensors(n_kv_heads=2), GROUPED)
+    write(tmp_path / "other")
+    for name in ("one", "other"):
+        process = run(tmp_path / name, tmp_path / f"{name}-mlx")
+        assert process.returncode == 0, process.stderr
+    for name in convert.FILES:
+        expected = (tmp_path / "one-mlx" / name).read_bytes()
+        assert (tmp_path / "other-mlx" / name).read_bytes() == expected
+
+
+def test_the_logits_are_those_of_transformers_on_the_same_folder(hugging_face, tmp_path):
+    folder, reference = hugging_face
+    assert run(folder, tmp_path / "mlx").returncode == 0
+    model, _ = lora.load_model(tmp_path / "mlx", mx.float32)
+    tokens = np.random.default_rng(0).integers(0, 32000, (2, 33))
+    with torch.no_grad():
+        expected = reference.to(torch.float32)(torch.tensor(tokens)).logits.numpy()
+    reference.to(torch.bfloat16)
+    np.testing.assert_allclose(np.array(model(mx.array(tokens))[0]), expected, atol=1e-3)
+
+
+def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
+    folder = tmp_path / "tied"
+    shutil.copytree(hugging_face[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    tensors = {}
+    for path in folder.glob("model*.safetensors"):
+        tensors.update(safetensors.torch.load_file(path))
+        path.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    del tensors["lm_head.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    process = run(folder, tmp_path / "mlx")
+    assert process.returncode == 0, process.stderr
+    with np.load(tmp_path / "mlx" / "weights.npz") as weights:
+        np.testing.assert_array_equal(weights["output.weight"], weights["tok_embeddings.weight"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
+        ({"model_type": "qwen2"}, "the architecture qwen2"),
+        ({"attention_bias": True}, "biases"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "scaled RoPE (llama3)"),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "(linear)"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
+        ({"num_hidden_layers": "3"}, "config.json: n_layers is '3', not a positive int"),
+    ],
+)
+def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, says):
+    folder = tmp_path / "other"
+    shutil.copytree(hugging_face[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    assert says in error_of(run(folder, tmp_path / "mlx"))
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+@pytest.mark.parametrize("key", ["moe", "use_scaled_rope", "yarn"])
+def test_what_params_json_says_and_the_suite_cannot_run_is_refused(checkpoint, tmp_path, key):
+    (checkpoint / "params.json").write_text(json.dumps({**META, key: {"factor": 8}}))
+    assert f"({key}) is not supported" in error_of(run(checkpoint, tmp_path / "mlx"))
+
+
+def test_a_tokenizer_that_is_not_sentencepieces_is_refused(checkpoint, tmp_path):
+    lines = [b"IQ== 0\n", b"Ig== 1\n", b"Iw== 2\n"]  # as Llama 3's file: a piece and its rank
+    (checkpoint / "tokenizer.model").write_bytes(b"".join(lines))
+    assert "no SentencePiece model" in error_of(run(checkpoint, tmp_path / "mlx"))
+    (checkpoint / "tokenizer.model").rename(checkpoint / "tekken.json")
+    assert "Tekken" in error_of(run(checkpoint, tmp_path / "mlx"))
+
+
+def test_a_short_sliding_window_is_a_warning(checkpoint, tmp_path):
+    (checkpoint / "params.json").write_text(json.dumps({**META, "sliding_window": 512}))
+    process = run(checkpoint, tmp_path / "mlx")
+    assert process.returncode == 0
+    assert "warning: the model was trained to see 512 positions" in process.stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# Faults
+
+
+def test_a_part_that_is_missing_is_named(tmp_path):
+    write_shards(4, 0)(tmp_path / "shards")
+    (tmp_path / "shards" / "consolidated.01.pth").unlink()
+    says = error_of(run(tmp_path / "shards", tmp_path / "mlx"))
+    assert "consolidated.01.pth is missing" in says
+    write_hugging_face(tmp_path / "hf")
+    lost = sorted((tmp_path / "hf").glob("model-*.safetensors"))[-1]
+    lost.unlink()
+    assert f"{lost.name} is missing" in error_of(run(tmp_path / "hf", tmp_path / "mlx"))
+    write_shards(4, 0)(tmp_path / "shards")
+    (tmp_path / "shards" / "consolidated.03.pth").unlink()  # the last: only the shapes can tell
+    assert "has the shape" in error_of(run(tmp_path / "shards", tmp_path / "mlx"))
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9, 0.999])
+@pytest.mark.parametrize("write", [write_shards(1, 0), write_safetensors, write_pytorch_bin])
+def test_a_truncated_file_is_named(write, keep, tmp_path):
+    write(tmp_path / "cut")
+    patterns = ("consolidated*", "pytorch_model*")
+    path = next(path for pattern in patterns for path in (tmp_path / "cut").glob(pattern))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(keep * len(whole))])
+    assert f"{path.name} is damaged" in error_of(run(tmp_path / "cut", tmp_path / "mlx"))
+    assert not (tmp_path / "mlx").exists()
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
+    """Ten kills at random moments: over a model that is there, and where none is."""
+    assert run(checkpoint, tmp_path / "old", "-q", "--q-group-size", 32).returncode == 0
+    assert run(checkpoint, tmp_path / "new").returncode == 0
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    command = [sys.executable, ROOT / "convert.py", "--torch-path", checkpoint]
+    start = time.monotonic()
+    subprocess.run([*command, "--mlx-path", tmp_path / "timed"], check=True, capture_output=True)
+    seconds = time.monotonic() - start
+    rng = np.random.default_rng(existing)
+    target = tmp_path / "target"
+    for moment in rng.uniform(0.3, 1.1, 10) * seconds:
+        if existing:
+            shutil.copytree(tmp_path / "old", target, dirs_exist_ok=True)
+        process = subprocess.Popen(
+            [*command, "--mlx-path", target], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        time.sleep(moment)
+        process.kill()
+        process.wait()
+        if existing or target.exists():
+            assert contents(target) in (old, new)
+        shutil.rmtree(target, ignore_errors=True)
+    assert run(checkpoint, target).returncode == 0
+    assert contents(target) == new
+    assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_behind(tmp_path, number, status):
+    big = {**checkpoint_tensors(), "tok_embeddings.weight": torch.ones(32000, 64)}
+    checkpoint = write_checkpoint(tmp_path / "torch", big, META)
+    command = [sys.executable, ROOT / "convert.py", "--torch-path", checkpoint, "-q"]
+    process = subprocess.Popen(
+        [*command, "--q-group-size", "32", "--mlx-path", tmp_path / "mlx"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    while process.poll() is None and not (tmp_path / "mlx.unfinished").exists():
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert b"Traceback" not in errors
+    assert process.returncode in (status, 0)  # 0: it was done before the signal came
+    names = {"torch"} if process.returncode else {"torch", "mlx"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_a_full_disk_is_status_1_and_leaves_nothing(checkpoint, tmp_path):
+    """A real file system: too small from the start, and one that shrinks while it is written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        assert "are free on the disk" in error_of(run(checkpoint, disk / "mlx"), status=1)
+        assert "are free on the disk" in error_of(run(checkpoint, disk), status=1)
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+    limited = f"ulimit -f 4096; exec {sys.executable} {ROOT / 'convert.py'} --torch-path torch"
+    process = subprocess.run(
+        ["bash", "-c", f"trap '' XFSZ; {limited} --mlx-path mlx"],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+    )
+    assert "File too large" in error_of(process, status=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"torch", "disk"}
+
+
+def test_a_value_that_float16_cannot_hold_is_refused_whatever_its_place(checkpoint, tmp_path):
+    tensors = checkpoint_tensors()
+    tensors["layers.1.feed_forward.w2.weight"][17, 31] = 70000.0  # finite in bfloat16
+    write_checkpoint(checkpoint, tensors, META)
+    says = error_of(run(checkpoint, tmp_path / "mlx"))
+    assert "layers.1.feed_forward.w2.weight holds values that are not finite in float16" in says
+    assert [path.name for path in tmp_path.iterdir()] == ["torch"]
