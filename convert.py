@@ -31,7 +31,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import Model, ModelArgs, open_streams
+from models import ON_CPU, Model, ModelArgs
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -427,7 +427,8 @@ def quantize_each(
         for name, module in Model(ModelArgs(**shape)).named_modules()
         if isinstance(module, nn.Linear) and name != "output"
     }
-    streams = open_streams(os.cpu_count())
+    n_streams = os.cpu_count() if ON_CPU else 1  # a CPU's stream is one thread
+    streams = [mx.new_stream(mx.default_device()) for _ in range(n_streams)]
     for name, weight in weights:
         if name not in linear:
             yield name, mx.array(weight)
@@ -457,7 +458,10 @@ def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]]) -
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays:
             with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+                array = np.ascontiguousarray(array)
+                header = np.lib.format.header_data_from_array_1_0(array)
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(array.data)  # without the copy that NumPy's writer makes
 
 
 def stored_bytes(shapes: dict[str, tuple[int, ...]], config: dict) -> int:

@@ -48,7 +48,6 @@ import mlx.nn as nn  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 if ON_CPU:
-    keep_freed_memory()
     # MLX then queues the work of all streams in turns, not that of one behind that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 LORA_SCALE = 2.0
@@ -69,6 +68,7 @@ def open_streams(n: int) -> list[mx.Stream]:
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
+    keep_freed_memory()
     n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     n = min(n, n_cores)
     if FAST_BLAS:
