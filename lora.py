@@ -3,12 +3,14 @@
 python lora.py --model mlx_model --data mlx-doc-data --train --iters 600
 python lora.py --model mlx_model --data mlx-doc-data --test
 python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
+cat question.txt | python lora.py --model mlx_model --prompt -
 
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
 folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 """
 
 import argparse
+import difflib
 import hashlib
 import itertools
 import json
@@ -22,6 +24,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NoReturn
@@ -43,6 +46,7 @@ LORA_RANK = 8
 BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+PREFILL = 512  # positions of a prompt that go through the model at once
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
 
 # -------------------------------------------------------------------------------------------------
@@ -98,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("what to do (at least one)")
     add(group, "--train", action="store_true", help="train adapters")
     add(group, "--test", action="store_true", help="compute the loss on the test set")
-    add(group, "--prompt", "-p", help="generate text that goes on from this")
+    add(group, "--prompt", "-p", help="generate text that goes on from this; - reads it")
 
     group = parser.add_argument_group("model")
     add(group, "--model", default="mlx_model", help="folder made by convert.py")
@@ -149,6 +153,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     if not (args.train or args.test or args.prompt is not None):
         raise ValueError("nothing to do: give --train, --test or --prompt")
+    if args.prompt == "-":
+        args.prompt = sys.stdin.read()
     if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:
@@ -162,9 +168,18 @@ def check_arguments(args: argparse.Namespace) -> None:
     adapter = adapter_to_load(args)
     if adapter and not Path(adapter).is_file():
         raise FileNotFoundError(
-            f"there is no adapter file {adapter}: make one with --train, "
+            f"there is no adapter file {adapter}{similar(adapter)}: make one with --train, "
             "or give --no-adapter for the base model alone"
         )
+
+
+def similar(path: str | Path) -> str:
+    """A question whether a path that exists was meant in place of one that does not, or nothing."""
+    path = Path(path)
+    while not path.parent.is_dir():
+        path = path.parent
+    close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
+    return f" (did you mean {path.parent / close[0]}?)" if close and not path.exists() else ""
 
 
 def adapter_to_load(args: argparse.Namespace) -> str | None:
@@ -251,8 +266,8 @@ class Dataset:
     def __init__(self, path: str | Path, key: str = "text"):
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"{path} is missing: --data takes a folder with train.jsonl, valid.jsonl and "
-                "test.jsonl, such as cwk_create_dataset.py makes"
+                f"{path} is missing{similar(path)}: --data takes a folder with train.jsonl, "
+                "valid.jsonl and test.jsonl, such as cwk_create_dataset.py makes"
             )
         with open(path, "rb") as lines:
             self._texts = [
@@ -474,6 +489,7 @@ def train(
     batches = iterate_batches(
         train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
     )
+    log = TrainingLog(args.adapter_file, done_before)
     model.grad_checkpoint = args.grad_checkpoint
     mx.reset_peak_memory()
     done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
@@ -484,7 +500,9 @@ def train(
     with catch_signals() as caught:
         for iteration, batch in zip(bar, batches, strict=False):
             if iteration == 1:
-                validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+                log.validation(
+                    1, validate(model, val_set, loss, tokenizer, args, 1, streams, caught)
+                )
                 start = time.perf_counter()
 
             done.append(step(*batch))
@@ -497,10 +515,13 @@ def train(
                 mx.eval(done, model.trainable_parameters(), optimizer.state)
                 seconds += time.perf_counter() - start
             if report:
-                n_broken = report_steps(done, seconds, iteration, n_broken)
+                n_broken, mean, n_tokens = report_steps(done, seconds, iteration, n_broken)
+                log.training(iteration, mean, args.learning_rate, n_tokens, n_tokens / seconds)
+                bar.set_postfix_str(f"loss {mean:.3f}, {n_tokens / seconds:,.0f} tokens/s")
                 done, seconds = [], 0.0
             if evaluation:
-                validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+                value = validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+                log.validation(iteration, value)
             stopping = bool(caught)  # asked once, since a signal can come between any two lines
             if save or stopping or n_broken >= BROKEN_STEPS:
                 saved = try_save(model, optimizer, iteration, identity, args.adapter_file)
@@ -553,11 +574,13 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(signum, handler)
 
 
-def report_steps(done: list, seconds: float, iteration: int, n_broken: int) -> int:
+def report_steps(
+    done: list, seconds: float, iteration: int, n_broken: int
+) -> tuple[int, float, int]:
     """Report the steps up to `iteration`, and warn of each whose update was left out.
 
     done: loss, number of tokens and whether all was finite, of each; n_broken: how many steps right
-    before them were not finite. Gives how many at their end are not.
+    before them were not finite. Gives how many at their end are not, the mean loss and the tokens.
     """
     losses, n_tokens, finite = np.array(done).T
     for i in np.flatnonzero(finite == 0):
@@ -569,7 +592,7 @@ def report_steps(done: list, seconds: float, iteration: int, n_broken: int) -> i
         f"It/sec {len(done) / seconds:.3f}, Tokens/sec {n_tokens.sum() / seconds:.3f}"
     )
     tail = len(list(itertools.takewhile(lambda is_finite: not is_finite, finite[::-1])))
-    return tail + n_broken if tail == len(done) else tail
+    return tail + n_broken if tail == len(done) else tail, mean, int(n_tokens.sum())
 
 
 def make_step(
@@ -629,8 +652,8 @@ def validate(
     iteration: int,
     streams: list[mx.Stream],
     caught: list[int],
-) -> None:
-    """Compute and report the validation loss, unless a signal is caught meanwhile."""
+) -> float | None:
+    """Compute, report and give the validation loss, unless a signal is caught meanwhile."""
     start = time.perf_counter()
     value = evaluate(
         model,
@@ -643,8 +666,10 @@ def validate(
         stop=lambda: bool(caught),
     )
     took = time.perf_counter() - start
-    if not caught:
-        say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
+    if caught:
+        return None
+    say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
+    return value
 
 
 def say(line: str) -> None:
@@ -665,6 +690,96 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+class TrainingLog:
+    """The figures of a run, beside its adapters: `adapters.log.jsonl`, one object a report or
+    validation, and `adapters.png`, the curves of the losses, drawn at each validation.
+
+    A run that goes on behind iteration `done_before` goes on in the same files. What cannot be
+    written is a warning: the training is worth more.
+    """
+
+    def __init__(self, adapter_file: str | Path, done_before: int):
+        self.file = Path(adapter_file).with_suffix(".log.jsonl")
+        self.picture = Path(adapter_file).with_suffix(".png")
+        self.entries = []
+        if done_before and self.file.is_file():
+            entries = filter(None, map(parse_entry, self.file.read_bytes().splitlines()))
+            self.entries = [entry for entry in entries if entry["iteration"] <= done_before]
+        self._write("w", self.entries)
+
+    def training(
+        self, iteration: int, loss: float, learning_rate: float, n_tokens: int, speed: float
+    ) -> None:
+        """Add a report; `n_tokens` are those since the last, `speed` is in tokens a second."""
+        loss = loss if math.isfinite(loss) else None  # JSON has no NaN
+        self._add(iteration, loss, None, learning_rate, n_tokens, speed)
+
+    def validation(self, iteration: int, loss: float | None) -> None:
+        """Add a validation, and draw the picture anew; None is one that did not end."""
+        if loss is not None and math.isfinite(loss):
+            self._add(iteration, None, loss, None, 0, None)
+            self._draw()
+
+    def _add(
+        self,
+        iteration: int,
+        loss: float | None,
+        val_loss: float | None,
+        learning_rate: float | None,
+        n_tokens: int,
+        speed: float | None,
+    ) -> None:
+        entry = {
+            "iteration": iteration,
+            "loss": loss,
+            "val_loss": val_loss,
+            "learning_rate": learning_rate,
+            "tokens_per_second": speed,
+            "tokens": n_tokens + (self.entries[-1]["tokens"] if self.entries else 0),
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self.entries.append(entry)
+        self._write("a", [entry])
+
+    def _write(self, mode: str, entries: list[dict]) -> None:
+        try:
+            with open(self.file, mode, encoding="utf-8") as file:
+                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+        except OSError as error:
+            warn(f"{self.file} could not be written: {error}")
+
+    def _draw(self) -> None:
+        from matplotlib.figure import Figure  # here, since nothing else needs its second of loading
+
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        axes = figure.add_subplot(xlabel="iteration", ylabel="loss, nats a token")
+        for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+            points = [(e["iteration"], e[key]) for e in self.entries if e[key] is not None]
+            if points:
+                axes.plot(*zip(*points, strict=True), style, label=label)
+        best, at = min((e["val_loss"], e["iteration"]) for e in self.entries if e["val_loss"])
+        axes.plot(at, best, "*", markersize=16, label=f"best validation: {best:.3f} at {at}")
+        n_tokens = max(self.entries[-1]["tokens"] / self.entries[-1]["iteration"], 1)
+        upper = axes.secondary_xaxis("top", (lambda i: i * n_tokens, lambda t: t / n_tokens))
+        upper.set_xlabel("tokens seen")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        try:
+            with replacing(self.picture) as file:
+                figure.savefig(file, format="png", dpi=120)
+        except OSError as error:
+            warn(f"{self.picture} could not be written: {error}")
+
+
+def parse_entry(line: bytes) -> dict | None:
+    """An entry of a log, or None for a line that a kill cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -810,15 +925,34 @@ def load_adapter(model: Model, path: str | Path) -> None:
 
 
 def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Write the prompt and up to `args.num_tokens` tokens that follow it to standard output."""
+    """Write the prompt and up to `args.num_tokens` tokens that follow it to standard output, and
+    how fast that was to standard error.
+    """
     open_streams(1)  # after training, all cores for one product again
+    mx.reset_peak_memory()
     prompt_ids = tokenizer.encode(prompt)
-    ids = itertools.islice(generate_ids(model, prompt_ids, args.temp), args.num_tokens)
-    ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    times = [time.perf_counter()]  # of the start, and of each token
     print(prompt, end="", flush=True)
+    ids = timed(generate_ids(model, prompt_ids, args.temp), times)
+    ids = itertools.islice(ids, args.num_tokens)
+    ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
     for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
         print(piece, end="", flush=True)
     print(flush=True)
+    speed = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
+    print(
+        f"Prompt: {len(prompt_ids)} tokens, {len(prompt_ids) / (times[1] - times[0]):.3f} "
+        f"tokens/sec; generation: {len(times) - 1} tokens, {speed:.3f} tokens/sec; "
+        f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB",
+        file=sys.stderr,
+    )
+
+
+def timed(items: Iterator, times: list[float]) -> Iterator:
+    """The items; when each came is appended to `times`."""
+    for item in items:
+        times.append(time.perf_counter())
+        yield item
 
 
 def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
@@ -831,7 +965,11 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
         mx.async_eval(token)
         return token, cache
 
-    token, cache = step(mx.array([prompt_ids]), None)
+    cache, prompt = None, mx.array([prompt_ids])
+    for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
+        _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
+        mx.eval(cache)
+    token, cache = step(prompt[:, -1:], cache)
     while True:
         # The device computes the next token while the caller works with this one.
         following, cache = step(token[:, None], cache)
@@ -855,7 +993,8 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
     for name in ("params.json", "weights.npz", "tokenizer.model"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing: --model takes a folder that convert.py made"
+                f"{folder / name} is missing{similar(folder / name)}: --model takes a folder that "
+                "convert.py made"
             )
     model = read_config(folder / "params.json")
     tokenizer = Tokenizer(folder / "tokenizer.model")
@@ -1006,6 +1145,7 @@ def run(args: argparse.Namespace) -> None:
         if len(train_set) < args.batch_size:
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
         say("Training")
+        announce(model, train_set, val_set, tokenizer, args)
         optimizer = optim.Adam(learning_rate=args.learning_rate)
         train(model, train_set, val_set, optimizer, loss, tokenizer, args)
     if args.test:
@@ -1016,6 +1156,33 @@ def run(args: argparse.Namespace) -> None:
         say("Generating")
         mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
         generate(model, args.prompt, tokenizer, args)
+
+
+def announce(
+    model: Model,
+    train_set: Dataset,
+    val_set: Dataset,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+) -> None:
+    """Say what the training will do, and warn of what makes no sense together."""
+    n_adapted = sum(isinstance(layer.attention.wq, LoRALinear) for layer in model.layers)
+    n_tokens = sum(len(row) - 1 for row in train_set.encode(tokenizer))
+    steps = math.ceil(len(train_set) / args.batch_size)
+    dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
+    for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
+        dtype += f", {bits} bits a weight"
+    say(
+        f"On {mx.default_device().type.name} in {dtype}: LoRA in {n_adapted} of "
+        f"{len(model.layers)} layers; {len(train_set)} texts, {n_tokens} tokens; {args.iters} "
+        f"iterations of {min(args.batch_size, len(train_set))}, {args.iters / steps:.2f} epochs"
+    )
+    if args.iters < steps:
+        warn(f"--iters {args.iters} does not see every text once; {steps} would")
+    if len(val_set) > len(train_set):
+        warn(f"the validation set has {len(val_set)} texts, the training set {len(train_set)}")
+    if args.learning_rate > 1e-2:
+        warn(f"--learning-rate {args.learning_rate} is high: 1e-5 to 1e-3 are usual for LoRA")
 
 
 def resuming_command(args: argparse.Namespace) -> str:
