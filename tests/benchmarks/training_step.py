@@ -29,8 +29,8 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary, batch, le
 LAYERS, RANK = 16, 8
 
 
-def make_ours(shape: tuple, dtype: str, bits: int):
-    """Our model with adapters, its weights random."""
+def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
+    """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
     import lora
     from models import Model, ModelArgs
@@ -44,7 +44,8 @@ def make_ours(shape: tuple, dtype: str, bits: int):
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
         nn.quantize(model, 64, bits, class_predicate=linear)
-    lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
+    if adapters:
+        lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
@@ -71,8 +72,8 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     return lambda: step(tokens[:, :-1], tokens[:, 1:], lengths), wait
 
 
-def make_mlx_lm(shape: tuple, dtype: str, bits: int):
-    """mlx-lm's Llama with its adapters, the weights random."""
+def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
+    """mlx-lm's Llama, its weights random."""
     import mlx.core as mx
     import mlx.nn as nn
     from mlx_lm.models.llama import Model, ModelArgs
@@ -96,11 +97,12 @@ def make_mlx_lm(shape: tuple, dtype: str, bits: int):
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "lm_head"  # noqa: E731
         nn.quantize(model, 64, bits, class_predicate=linear)
-    model.freeze()
-    keys = {"self_attn.q_proj", "self_attn.v_proj"}
-    config = {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": keys}
-    linear_to_lora_layers(model, LAYERS, config)
-    model.train()
+    if adapters:
+        model.freeze()
+        keys = {"self_attn.q_proj", "self_attn.v_proj"}
+        config = {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": keys}
+        linear_to_lora_layers(model, LAYERS, config)
+        model.train()
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights

@@ -1,0 +1,154 @@
+"""Tokens a second of generating text, ours against mlx-lm and transformers, with random weights.
+
+    python tests/benchmarks/generation.py --shape small --bits 16 4
+    python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 16 4
+
+Every contender runs in a process of its own, in turns: greedy, a prompt of --prompt tokens, then
+--tokens more. The second run of each process counts, since the first compiles kernels. The last
+column is the time of a token at the end to that of the 100th. Needs mlx-lm and transformers.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
+
+WINDOW = 50  # tokens whose median time counts as that of one in their middle
+
+
+def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], int], Iterator[int]]:
+    model = make_ours(shape, dtype, bits, adapters=False)
+    import lora
+
+    lora.open_streams(1)
+    return lambda prompt, _: lora.generate_ids(model, prompt, 0.0)
+
+
+def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> Callable:
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    model = make_mlx_lm(shape, dtype, bits, adapters=False)
+
+    def start(prompt: list[int], n: int) -> Iterator[int]:
+        return (token for token, _ in generate_step(mx.array(prompt), model, max_tokens=n))
+
+    return start
+
+
+def prepare_mlx_lm_fast_blas(*args) -> Callable:
+    """mlx-lm with the BLAS that we load."""
+    sys.path.insert(0, str(ROOT))
+    import models
+
+    assert models.FAST_BLAS, "there is no other BLAS here"
+    return prepare_mlx_lm(*args)
+
+
+def prepare_transformers(shape: tuple, dtype: str, bits: int) -> Callable:
+    """transformers' `generate`, which gives all tokens at once: they count as equally fast."""
+    import torch
+    import transformers
+
+    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
+    config = transformers.LlamaConfig(
+        hidden_size=dim,
+        num_hidden_layers=layers,
+        intermediate_size=hidden,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        rms_norm_eps=1e-5,
+        vocab_size=vocabulary,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        torch.set_default_dtype(getattr(torch, dtype))
+        model = transformers.LlamaForCausalLM(config).eval()
+        torch.set_default_dtype(torch.float32)
+
+    def start(prompt: list[int], n: int) -> Iterator[int]:
+        ids = torch.tensor([prompt], device=device)
+        options = {"max_new_tokens": n, "min_new_tokens": n, "do_sample": False}
+        return iter(model.generate(ids, pad_token_id=0, **options)[0, len(prompt) :].tolist())
+
+    return start
+
+
+CONTENDERS = {
+    "ours": prepare_ours,
+    "mlx-lm": prepare_mlx_lm,
+    "mlx-lm, our BLAS": prepare_mlx_lm_fast_blas,
+    "transformers": prepare_transformers,
+}
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """Tokens a second, the prompt included, and the time of late tokens to that of early ones."""
+    start = CONTENDERS[args.one](SHAPES[args.shape], args.dtype, args.bits[0])
+    vocabulary = SHAPES[args.shape][5]
+    prompt = np.random.default_rng(0).integers(0, vocabulary, args.prompt).tolist()
+    for _ in range(2):
+        times = [time.perf_counter()]
+        for count, _token in enumerate(start(prompt, args.tokens), start=1):
+            times.append(time.perf_counter())
+            if count == args.tokens:
+                break
+    steps = np.diff(times)[1:]
+    early = np.median(steps[100 - WINDOW // 2 : 100 + WINDOW // 2])
+    growth = float(np.median(steps[-WINDOW:]) / early) if len(steps) > 150 else None
+    return {"speed": args.tokens / (times[-1] - times[0]), "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--bits", type=int, nargs="+", default=[16], help="16: not quantized")
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args)))
+        return
+
+    print(f"{args.shape}, {args.dtype}, {args.tokens} tokens after {args.prompt}")
+    print(f"medians of {args.rounds} rounds\n")
+    print(
+        "| | bits | tokens/s | ours to it | a late token to an early one |\n|---|---|---|---|---|"
+    )
+    for bits in args.bits:
+        names = [n for n in args.contenders if bits == 16 or n != "transformers"]
+        results = {name: [] for name in names}
+        for _ in range(args.rounds):
+            for name in names:
+                command = [sys.executable, __file__, "--one", name, "--shape", args.shape]
+                for flag in ("dtype", "prompt", "tokens"):
+                    command += [f"--{flag}", str(getattr(args, flag))]
+                command += ["--bits", str(bits)]
+                output = subprocess.run(command, capture_output=True, text=True, check=False)
+                if output.returncode:
+                    print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
+                    continue
+                results[name].append(json.loads(output.stdout.splitlines()[-1]))
+        ours = statistics.median(run["speed"] for run in results["ours"])
+        for name, runs in results.items():
+            if runs:
+                speed = statistics.median(run["speed"] for run in runs)
+                growth = [run["growth"] for run in runs if run["growth"]]
+                late = f"{statistics.median(growth):.2f}" if growth else ""
+                print(
+                    f"| {name} | {bits} | {speed:.1f} | {ours / speed:.2f} | {late} |", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
