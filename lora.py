@@ -47,6 +47,7 @@ BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PREFILL = 512  # positions of a prompt that go through the model at once
+LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
 
 # -------------------------------------------------------------------------------------------------
@@ -752,8 +753,11 @@ class TrainingLog:
             warn(f"{self.file} could not be written: {error}")
 
     def _draw(self) -> None:
-        from matplotlib.figure import Figure  # here, since nothing else needs its second of loading
-
+        try:
+            from matplotlib.figure import Figure  # here: nothing else needs its second of loading
+        except ImportError as error:
+            warn(f"{self.picture} is not drawn: {error}")
+            return
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="iteration", ylabel="loss, nats a token")
         for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
@@ -775,11 +779,12 @@ class TrainingLog:
 
 
 def parse_entry(line: bytes) -> dict | None:
-    """An entry of a log, or None for a line that a kill cut off."""
+    """An entry of a log, or None for a line that a kill cut off, or that is none of ours."""
     try:
-        return json.loads(line)
+        entry = json.loads(line)
     except ValueError:
         return None
+    return entry if isinstance(entry, dict) and entry.keys() >= LOG_KEYS else None
 
 
 # -------------------------------------------------------------------------------------------------

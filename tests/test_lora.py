@@ -12,6 +12,7 @@ import sys
 import time
 from itertools import islice
 
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
@@ -275,6 +276,8 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
         r"Trainable parameters 0\.004M",
         r"Loading datasets",
         r"Training",
+        r"On cpu in float32: LoRA in 2 of 3 layers; 24 texts, \d+ tokens; 12 iterations of 4, 2.00 "
+        r"epochs",
         r"Iter 1: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
         r"Iter 5: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 6: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
@@ -289,6 +292,51 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
     for pattern, line in zip(patterns, lines, strict=True):
         assert re.fullmatch(pattern, line), line
     assert trained[0].stderr == ""
+
+
+def test_training_keeps_a_log_and_draws_it(trained):
+    log = trained[1].with_suffix(".log.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in log]
+    keys = [
+        "iteration", "loss", "val_loss", "learning_rate", "tokens_per_second", "tokens",
+        "peak_memory_gb", "time",
+    ]  # fmt: skip
+    assert all(list(entry) == keys for entry in entries)
+    lines = re.findall(r"Iter (\d+): (Train|Val) loss (\S+),", trained[0].stdout)
+    for entry, (iteration, kind, loss) in zip(entries, lines, strict=True):
+        value, other = entry["loss"], entry["val_loss"]
+        if kind == "Val":
+            value, other = other, value
+        assert (entry["iteration"], f"{value:.3f}", other) == (int(iteration), loss, None)
+    (n_tokens,) = re.findall(r"texts, (\d+) tokens", trained[0].stdout)
+    assert entries[-1]["tokens"] == 2 * int(n_tokens)
+    height, width, _ = matplotlib.image.imread(trained[1].with_suffix(".png")).shape
+    assert (width, height) == (960, 600)
+
+
+def test_what_makes_no_sense_together_is_a_warning(tiny_model, data, tmp_path, docstrings):
+    folder = shutil.copytree(data, tmp_path / "data")
+    write_jsonl(folder / "valid.jsonl", docstrings[:30])
+    process = train_script(
+        tiny_model, folder, "--iters", 5, "--learning-rate", 0.5, "--adapter-file",
+        tmp_path / "a.npz",
+    )  # fmt: skip
+    assert process.returncode == 0
+    assert process.stderr.splitlines() == [
+        "lora.py: warning: --iters 5 does not see every text once; 6 would",
+        "lora.py: warning: the validation set has 30 texts, the training set 24",
+        "lora.py: warning: --learning-rate 0.5 is high: 1e-5 to 1e-3 are usual for LoRA",
+    ]
+
+
+def test_a_picture_that_cannot_be_written_does_not_stop_training(tiny_model, data, tmp_path):
+    (tmp_path / "a.png").mkdir()
+    (tmp_path / "a.log.jsonl").mkdir()
+    process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", tmp_path / "a.npz")
+    assert process.returncode == 0
+    assert "a.log.jsonl could not be written" in process.stderr
+    assert "a.png could not be written" in process.stderr
+    assert "Traceback" not in process.stderr
 
 
 def test_training_lowers_the_loss(trained):
@@ -398,7 +446,45 @@ def test_generated_text_stands_behind_the_prompt_and_nothing_else_does(tiny_mode
     head, text = process.stdout.split("Generating\n")
     assert text == tokenizer.decode(ids) + "\n"
     assert head.splitlines() == ["Loading pretrained model", "Total parameters 4.189M"]
-    assert process.stderr == ""
+    assert re.fullmatch(
+        r"Prompt: 9 tokens, [\d.]+ tokens/sec; generation: 9 tokens, [\d.]+ tokens/sec; "
+        r"peak memory 0\.\d{3} GB\n",
+        process.stderr,
+    )
+
+
+def test_a_prompt_is_read_from_standard_input(tiny_model):
+    flags = ("--model", tiny_model, "--no-adapter", "-n", "5", "--temp", "0", "--prompt")
+    given = run_script("lora.py", *flags, "Two\nlines 🦙")
+    read = subprocess.run(
+        [sys.executable, ROOT / "lora.py", *flags, "-"],
+        input="Two\nlines 🦙",
+        capture_output=True,
+        encoding="utf-8",
+        check=True,
+    )
+    assert read.stdout == given.stdout
+
+
+def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
+    model, tokenizer = load_tiny(tiny_model)
+    ids = tokenizer.encode("All about llamas. " * 10)
+    whole = list(islice(lora.generate_ids(model, ids, 0), 8))
+    for pieces in (1, 7, len(ids) - 1, len(ids)):
+        monkeypatch.setattr(lora, "PREFILL", pieces)
+        assert list(islice(lora.generate_ids(model, ids, 0), 8)) == whole
+
+
+def test_a_path_with_a_spelling_mistake_gets_a_suggestion(tiny_model, data, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "llama-mlx")
+    line = error_of("--model", tmp_path / "lama-mlx", "--no-adapter", "--prompt", "hi")
+    assert f"(did you mean {model}?)" in line
+    shutil.copytree(data, tmp_path / "my-data")
+    line = error_of("--model", model, "--no-adapter", "--test", "--data", tmp_path / "my-dta")
+    assert f"(did you mean {tmp_path / 'my-data'}?)" in line
+    (tmp_path / "adapters.npz").touch()
+    line = error_of("--model", model, "--prompt", "hi", "--adapter-file", tmp_path / "adapter.npz")
+    assert f"(did you mean {tmp_path / 'adapters.npz'}?)" in line
 
 
 def test_a_reader_who_leaves_ends_the_run_without_a_word(tiny_model):
@@ -597,10 +683,10 @@ def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_mode
     adapter = tmp_path / "adapters.npz"
     adapter.write_bytes(b"what was there")
     (tmp_path / "adapters.npz.partial").symlink_to("/dev/full")
-    process = train_script(tiny_model, data, "--iters", 1, "--adapter-file", adapter)
+    process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", adapter)
     assert process.returncode == 1
     warning, error = process.stderr.splitlines()
-    assert warning.startswith("lora.py: warning: iteration 1 could not be saved to ")
+    assert warning.startswith("lora.py: warning: iteration 6 could not be saved to ")
     assert warning.endswith("[Errno 28] No space left on device")
     assert error.startswith("lora.py: error: the adapters of the last step could not be saved")
     assert adapter.read_bytes() == b"what was there"

@@ -26,6 +26,7 @@ from models import Model, ModelArgs
 
 import mlx.core as mx
 
+FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
 TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
 
 
@@ -161,7 +162,22 @@ def stopped(flags, tmp_path_factory) -> Path:
 
 
 def test_the_state_lies_beside_the_adapters(stopped):
-    assert sorted(path.name for path in stopped.iterdir()) == ["adapters.npz", "adapters.state.npz"]
+    assert sorted(path.name for path in stopped.iterdir()) == FILES
+
+
+def test_a_run_that_goes_on_goes_on_in_the_same_log(flags, stopped, uninterrupted, tmp_path):
+    """A line that a kill cut off, and what the lost steps had reported, are left out."""
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    with open(folder / "adapters.log.jsonl", "a") as log:
+        log.write('{"iteration": 14, "tokens": 1}\n7\n{"iterat')
+    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"))
+    assert process.returncode == 0, process.stderr
+    entries = list(map(json.loads, (folder / "adapters.log.jsonl").read_text().splitlines()))
+    assert [entry["iteration"] for entry in entries] == [
+        1, 7, 10, 10, 14, 21, 25, 28, 35, 42, 49, 50, 56, 60, 60,
+    ]  # fmt: skip
+    seen = [entry["tokens"] for entry in entries]
+    assert seen == sorted(seen)
 
 
 @pytest.mark.parametrize(
@@ -242,7 +258,8 @@ def test_an_overflow_leaves_updates_out_and_ends_the_run_with_finite_adapters(da
         "--learning-rate", "1e30", "--steps-per-report", "2", "--adapter-file", adapter,
     )  # fmt: skip
     assert process.returncode == 1
-    *warnings, error = process.stderr.splitlines()
+    high, *warnings, error = process.stderr.splitlines()
+    assert "--learning-rate 1e+30 is high" in high
     assert len(warnings) == 4
     for i, warning in enumerate(warnings, start=1):
         assert f"iteration {i}: the loss or a gradient is not finite" in warning
@@ -301,7 +318,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         assert "No space left on device" in errors
         assert "Traceback" not in errors
         assert adapter.read_bytes() == uninterrupted
-        assert sorted(os.listdir(disk)) == ["adapters.npz", "adapters.state.npz"]
+        assert sorted(os.listdir(disk)) == FILES
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
