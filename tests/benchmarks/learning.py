@@ -1,0 +1,131 @@
+"""What a model knows of a data set's answers before and after training.
+
+    python tests/benchmarks/learning.py --adapters adapters.npz
+    python tests/benchmarks/learning.py --adapters adapters.npz long.npz --questions 100 --show 3
+
+Asks the questions of train.jsonl and test.jsonl, greedy, and counts the answers that begin with the
+right dotted name, whose first sentence is the right one, and that end by themselves. The perplexity
+is that of all texts of the file. `--show` prints so many answers of each file, as they came.
+"""
+
+import argparse
+import json
+import math
+import re
+import sys
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import lora  # noqa: E402  from the repository's root
+from models import Model  # noqa: E402
+
+import mlx.core as mx  # noqa: E402
+
+TOGETHER = 16  # questions that are answered at once
+SPLITS = ("train", "test")
+
+
+def read_records(path: Path, n: int) -> list[tuple[str, str]]:
+    """Prompts and right answers of `n` records of a file, evenly spread over it; -1 takes all."""
+    texts = [json.loads(line)["text"] for line in path.read_text("utf-8").splitlines()]
+    if 0 < n < len(texts):
+        texts = [texts[i * len(texts) // n] for i in range(n)]
+    return [
+        (f"{question}\nA:", answer) for question, _, answer in (t.partition("\nA: ") for t in texts)
+    ]
+
+
+def first_sentence(answer: str) -> str:
+    """The first sentence behind the dotted name, and behind the signature where there is one."""
+    name, _, text = answer.strip().partition(" ")
+    paragraphs = re.split(r"\n\s*\n", text)
+    if len(paragraphs) > 1 and paragraphs[0].startswith(f"{name.rpartition('.')[2]}("):
+        del paragraphs[0]
+    return " ".join(re.split(r"(?<=\.)\s", paragraphs[0])[0].split())
+
+
+def answer(
+    model: Model, tokenizer: lora.Tokenizer, prompts: list[str], n_tokens: int
+) -> list[tuple[str, bool]]:
+    """What the model says behind each prompt, greedy, and whether it ended by itself."""
+    encoded = sorted(
+        ((tokenizer.encode(p), i) for i, p in enumerate(prompts)), key=lambda e: len(e[0])
+    )
+    answers = {}
+    bar = tqdm(total=len(prompts), desc="Asking", leave=False, disable=None)
+    for _, group in groupby(encoded, key=lambda e: len(e[0])):
+        group = list(group)
+        for start in range(0, len(group), TOGETHER):
+            part = group[start : start + TOGETHER]
+            ids, cache, made = mx.array([ids for ids, _ in part]), None, []
+            ended = np.zeros(len(part), bool)
+            while len(made) < n_tokens and not ended.all():
+                logits, cache = model(ids, cache)
+                ids = logits[:, -1].argmax(-1)[:, None]
+                made.append(np.array(ids)[:, 0].tolist())
+                ended |= np.array(made[-1]) == tokenizer.eos_id
+            for (prompt_ids, i), row in zip(part, zip(*made, strict=True), strict=True):
+                row = list(row)
+                ends = tokenizer.eos_id in row
+                row = row[: row.index(tokenizer.eos_id)] if ends else row
+                whole, before = tokenizer.decode(prompt_ids + row), tokenizer.decode(prompt_ids)
+                answers[i] = whole[len(before) :], ends
+            bar.update(len(part))
+    bar.close()
+    return [answers[i] for i in range(len(prompts))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(ROOT / "base-model-mlx"))
+    parser.add_argument("--data", default=str(ROOT / "mlx-doc-data"))
+    parser.add_argument("--adapters", nargs="*", default=[])
+    parser.add_argument("--questions", type=int, default=-1, help="of each file, -1: all")
+    parser.add_argument("--num-tokens", type=int, default=160)
+    parser.add_argument("--show", type=int, default=0)
+    args = parser.parse_args()
+
+    print(
+        "| model | questions | right name | right first sentence | ended by itself | perplexity |"
+    )
+    print("|---|---|---|---|---|---|")
+    shown = []
+    for adapter in (None, *args.adapters):
+        model, tokenizer = lora.load_model(args.model)
+        if adapter:
+            lora.load_adapter(model, adapter)
+        for split in SPLITS:
+            path = Path(args.data) / f"{split}.jsonl"
+            records = read_records(path, args.questions)
+            answers = answer(model, tokenizer, [prompt for prompt, _ in records], args.num_tokens)
+            names = sum(
+                a.split(maxsplit=1)[:1] == right.split(maxsplit=1)[:1]
+                for (a, _), (_, right) in zip(answers, records, strict=True)
+            )
+            sentences = sum(
+                first_sentence(a) == first_sentence(right)
+                for (a, _), (_, right) in zip(answers, records, strict=True)
+            )
+            ended = sum(ends for _, ends in answers)
+            loss = lora.evaluate(model, lora.Dataset(path), lora.loss, tokenizer, 4, -1)
+            lora.open_streams(1)
+            shares = " | ".join(f"{n / len(records):.2f}" for n in (names, sentences, ended))
+            name = Path(adapter).name if adapter else "base"
+            print(
+                f"| {name} | {len(records)} of {path.name} | {shares} | {math.exp(loss):.2f} |",
+                flush=True,
+            )
+            for (prompt, _), (text, _) in list(zip(records, answers, strict=True))[: args.show]:
+                shown.append((prompt, f"{name}, {path.name}", text))
+    for prompt, source, text in sorted(shown, key=lambda entry: entry[0]):
+        print(f"\n== {source}\n{prompt}{text}")
+
+
+if __name__ == "__main__":
+    main()
