@@ -583,7 +583,7 @@ def report_steps(
     done: loss, number of tokens and whether all was finite, of each; n_broken: how many steps right
     before them were not finite. Gives how many at their end are not, the mean loss and the tokens.
     """
-    losses, n_tokens, finite = np.array(done).T
+    losses, n_tokens, finite = np.array(done, float).T
     for i in np.flatnonzero(finite == 0):
         at = iteration - len(done) + 1 + i
         warn(f"iteration {at}: the loss or a gradient is not finite; this update is left out")
@@ -607,20 +607,26 @@ def make_step(
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
-    optimizer.init(model.trainable_parameters())
+    optimizer.init({"lora": to_vector(model.trainable_parameters())})
     state = [model.state, optimizer.state]
 
+    def share(*rows: mx.array) -> mx.array:
+        (value, n_tokens), gradients = loss_and_grad(model, *rows)
+        return mx.concatenate([to_vector(gradients), mx.stack([value, mx.array(1.0)])]) * n_tokens
+
     def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        parts = on_each(streams, partial(loss_and_grad, model), *batch)
-        (value, n_tokens), gradients = parts[0] if len(parts) == 1 else join_parts(parts)
+        total = sum(on_each(streams, share, *batch))
+        n_tokens = total[-1]
+        gradient, value = total[:-2] / n_tokens, total[-2] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
-        finite = mx.isfinite(value + sum(g.sum() for _, g in tree_flatten(gradients)))
-        before = tree_map(lambda value: value, [model.trainable_parameters(), optimizer.state])
-        optimizer.update(model, gradients)
-        after = [model.trainable_parameters(), optimizer.state]
-        parameters, moments = tree_map(partial(mx.where, finite), after, before)
-        model.update(parameters)
-        optimizer.state.update(moments)
+        finite = mx.isfinite(total.sum())
+        matrices = model.trainable_parameters()
+        moments = tree_map(lambda value: value, optimizer.state)
+        before = {"lora": to_vector(matrices)}
+        after = optimizer.apply_gradients({"lora": gradient}, before)
+        keep = partial(mx.where, finite)
+        model.update(from_vector(keep(after["lora"], before["lora"]), matrices))
+        optimizer.state.update(tree_map(keep, optimizer.state, moments))
         return value, n_tokens, finite
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
@@ -633,15 +639,17 @@ def make_step(
     return start_step
 
 
-def join_parts(parts: list) -> tuple[tuple[mx.array, mx.array], dict]:
-    """The loss, number of tokens and gradients of a batch from those of shares of its rows."""
-    n_tokens = sum(n for (_, n), _ in parts)
+def to_vector(tree: dict) -> mx.array:
+    """All values of a tree as one vector: an update of many small matrices costs as much as one."""
+    return mx.concatenate([value.flatten() for _, value in tree_flatten(tree)])
 
-    def join(*values: mx.array) -> mx.array:
-        return sum(value * (n / n_tokens) for value, ((_, n), _) in zip(values, parts, strict=True))
 
-    loss = join(*(value for (value, _), _ in parts))
-    return (loss, n_tokens), tree_map(join, *(gradients for _, gradients in parts))
+def from_vector(vector: mx.array, tree: dict) -> dict:
+    """A tree of the shapes of `tree`, with the values of a vector that `to_vector` made."""
+    leaves = tree_flatten(tree)
+    ends = np.cumsum([value.size for _, value in leaves]).tolist()
+    parts = zip(leaves, mx.split(vector, ends[:-1]), strict=True)
+    return tree_unflatten([(name, part.reshape(value.shape)) for (name, value), part in parts])
 
 
 def validate(

@@ -13,6 +13,9 @@ import math
 import os
 import sys
 from dataclasses import dataclass, fields
+from functools import lru_cache
+
+import numpy as np
 
 
 def load_fast_blas() -> ctypes.CDLL | None:
@@ -51,6 +54,7 @@ if ON_CPU:
     # MLX then queues the work of all streams in turns, not that of one behind that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 LORA_SCALE = 2.0
+QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
 
@@ -95,37 +99,25 @@ def row_sum(x: mx.array) -> mx.array:
     return x @ mx.ones((x.shape[-1], 1), x.dtype)
 
 
-@mx.custom_function
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis; the gradient is computed from the output."""
-    powers = exp(x - row_max(x))
-    return powers / row_sum(powers)
-
-
-@softmax.vjp
-def softmax_vjp(_: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    return output * (cotangent - row_sum(cotangent * output))
-
-
 # The two functions below exist twice. A CPU keeps what the gradient needs; for a GPU an exponential
 # costs less than to store and fetch it.
 
 
 @mx.custom_function
-def swiglu_on_cpu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
-    sigmoid = 1 / (1 + exp(-gate))
-    return gate * sigmoid * up, sigmoid
+def swiglu_on_cpu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    divisor = 1 + mx.power(1 / math.e, gate)
+    silu = gate / divisor
+    return silu * up, silu, divisor
 
 
 @swiglu_on_cpu.vjp
 def swiglu_on_cpu_vjp(
     primals: tuple[mx.array, mx.array],
-    cotangents: tuple[mx.array, mx.array],
-    outputs: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
 ) -> tuple[mx.array, mx.array]:
-    (gate, up), (cotangent, _), (_, sigmoid) = primals, cotangents, outputs
-    silu = gate * sigmoid
-    return cotangent * up * (sigmoid + silu * (1 - sigmoid)), cotangent * silu
+    (_, up), (cotangent, *_), (_, silu, divisor) = primals, cotangents, outputs
+    return cotangent * up * (silu + (1 - silu) / divisor), cotangent * silu
 
 
 @mx.custom_function
@@ -205,25 +197,104 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return cross_entropy_on_gpu(logits, targets)[0]
 
 
+@mx.custom_function
+def attend_on_cpu(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    scores = queries @ keys.swapaxes(-1, -2) + mask
+    powers = exp(scores - row_max(scores))
+    total = row_sum(powers)
+    return powers @ values / total, powers, total
+
+
+@attend_on_cpu.vjp
+def attend_on_cpu_vjp(
+    primals: tuple[mx.array, mx.array, mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    (queries, keys, values, mask), (cotangent, *_), (out, powers, total) = (
+        primals,
+        cotangents,
+        outputs,
+    )
+    cotangent = cotangent / total
+    # The sum over a row of weights times their gradients is that of output times its gradient (Dao
+    # et al., "FlashAttention", 2022), which has fewer columns.
+    gradient = powers * (cotangent @ values.swapaxes(-1, -2) - row_sum(cotangent * out))
+    return (
+        gradient @ keys,
+        gradient.swapaxes(-1, -2) @ queries,
+        powers.swapaxes(-1, -2) @ cotangent,
+        mx.zeros_like(mask),
+    )
+
+
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Scaled dot-product attention, in which the last query sees all keys, and earlier ones less.
 
     queries: (B, H, L, head_dim); keys and values: (B, K, S, head_dim). Gives the queries' shape.
     """
-    length, positions = queries.shape[2], keys.shape[2]
+    batch, n_heads, length, head_dim = queries.shape
+    n_kv_heads, positions = keys.shape[1:3]
     if not ON_CPU:
         mask = "causal" if length > 1 else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
-    batch, n_heads, _, head_dim = queries.shape
-    n_kv_heads = keys.shape[1]
-    # The queries that share a key head are one matrix: (B, K, H / K * L, head_dim).
-    grouped = (queries * scale).reshape(batch, n_kv_heads, -1, head_dim)
-    scores = (grouped @ keys.swapaxes(-1, -2)).reshape(batch, n_heads, length, positions)
-    if length > 1:
-        seen = mx.arange(positions - length, positions)[:, None] >= mx.arange(positions)
-        scores = scores + mx.where(seen, 0.0, -math.inf).astype(scores.dtype)
-    weights = softmax(scores).reshape(batch, n_kv_heads, -1, positions)
-    return (weights @ values).reshape(queries.shape)
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):  # so that keys which no query sees cost nothing
+        block = queries[:, :, start : start + QUERY_BLOCK] * scale
+        n = block.shape[2]
+        seen = positions - length + start + n
+        # The queries that share a key head are one matrix: (B, K, H / K * n, head_dim).
+        block = block.reshape(batch, n_kv_heads, -1, head_dim)
+        is_seen = mx.arange(seen - n, seen)[:, None] >= mx.arange(seen)
+        mask = mx.where(is_seen, 0.0, -math.inf).astype(block.dtype)
+        mask = mx.tile(mask, (n_heads // n_kv_heads, 1))
+        out, *_ = attend_on_cpu(block, keys[:, :, :seen], values[:, :, :seen], mask)
+        blocks.append(out.reshape(batch, n_heads, n, head_dim))
+    return mx.concatenate(blocks, axis=2)
+
+
+@lru_cache(maxsize=2)
+def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.array, ...]:
+    """Cosines and sines (length, head_dim) of the angles by which positions from `offset` on are
+    turned, and the matrix that makes a pair of channels (a, b) into (-b, a), each pair's turn by a
+    right angle.
+    """
+    frequencies = mx.power(theta, -mx.arange(0, head_dim, 2) / head_dim)
+    angles = mx.repeat(mx.arange(offset, offset + length)[:, None] * frequencies, 2, axis=-1)
+    right_angle = np.kron(np.eye(head_dim // 2), [[0, 1], [-1, 0]])
+    result = mx.cos(angles), mx.sin(angles), mx.array(right_angle, mx.float32)
+    mx.eval(result)
+    return result
+
+
+@mx.custom_function
+def rotate_on_cpu(
+    x: mx.array, cosines: mx.array, sines: mx.array, right_angle: mx.array
+) -> mx.array:
+    return x * cosines + x @ right_angle * sines
+
+
+@rotate_on_cpu.vjp
+def rotate_on_cpu_vjp(
+    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, ...]:
+    _, cosines, sines, right_angle = primals
+    gradient = cotangent * cosines - cotangent * sines @ right_angle
+    return gradient, *(mx.zeros_like(table) for table in primals[1:])
+
+
+def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+    """Turn each pair of neighbouring channels by an angle that grows with the position.
+
+    x: (B, heads, L, head_dim), the positions from `offset` on. Gives the same shape.
+    """
+    length, head_dim = x.shape[-2:]
+    if ON_CPU:
+        tables = rotation(offset, length, head_dim, theta)
+        return rotate_on_cpu(x, *(table.astype(x.dtype) for table in tables))
+    return mx.fast.rope(x, head_dim, traditional=True, base=theta, scale=1.0, offset=offset)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -369,9 +440,7 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:2], n_heads, self.head_dim).transpose(0, 2, 1, 3)
 
     def _rope(self, x: mx.array, offset: int) -> mx.array:
-        return mx.fast.rope(
-            x, self.head_dim, traditional=True, base=self.rope_theta, scale=1.0, offset=offset
-        )
+        return rotate(x, offset, self.rope_theta)
 
 
 def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> LayerCache:
