@@ -34,7 +34,17 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import FAST_BLAS, ON_CPU, LoRALinear, Model, ModelArgs, cross_entropy, open_streams
+from models import (
+    CORES,
+    FAST_BLAS,
+    ON_CPU,
+    LoRALinear,
+    Model,
+    ModelArgs,
+    cross_entropy,
+    open_streams,
+    share_blas_threads,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -982,6 +992,7 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
     for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
         _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
         mx.eval(cache)
+    share_blas_threads(len(CORES))  # from here on the model shares out each product itself
     token, cache = step(prompt[:, -1:], cache)
     while True:
         # The device computes the next token while the caller works with this one.

@@ -12,6 +12,7 @@ import importlib.metadata
 import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -73,11 +74,38 @@ def open_streams(n: int) -> list[mx.Stream]:
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
     keep_freed_memory()
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    n = min(n, n_cores)
-    if FAST_BLAS:
-        FAST_BLAS.MKL_Set_Num_Threads(n_cores // n)
+    n = min(n, count_cores())
+    share_blas_threads(n)
     return [mx.new_stream(mx.cpu) for _ in range(n)]
+
+
+def share_blas_threads(n: int) -> None:
+    """Let the BLAS use as many threads as it may, so that `n` streams can each multiply at once."""
+    if FAST_BLAS:
+        FAST_BLAS.MKL_Set_Num_Threads(max(1, count_cores() // max(1, n)))
+
+
+def count_cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+# A product with a single vector, as generating takes them, keeps one core busy and no more.
+CORES = [mx.new_stream(mx.cpu) for _ in range(min(4, count_cores()))] if ON_CPU else []
+
+
+def share_out(multiply: Callable[[slice], mx.array], n_rows: int) -> mx.array:
+    """Join what `multiply` gives for each core's share of the `n_rows` rows of a weight matrix."""
+    share = -(-n_rows // len(CORES))
+    parts = []
+    for core, start in zip(CORES, range(0, n_rows, share), strict=False):
+        with mx.stream(core):
+            parts.append(multiply(slice(start, start + share)))
+    return mx.concatenate(parts, axis=-1)
+
+
+def is_vector(x: mx.array) -> bool:
+    return x.size == x.shape[-1]
 
 
 def exp(x: mx.array) -> mx.array:
@@ -237,7 +265,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
     """
     batch, n_heads, length, head_dim = queries.shape
     n_kv_heads, positions = keys.shape[1:3]
-    if not ON_CPU:
+    if not ON_CPU or length == 1:
         mask = "causal" if length > 1 else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     blocks = []
@@ -261,12 +289,11 @@ def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.
     turned, and the matrix that makes a pair of channels (a, b) into (-b, a), each pair's turn by a
     right angle.
     """
-    frequencies = mx.power(theta, -mx.arange(0, head_dim, 2) / head_dim)
-    angles = mx.repeat(mx.arange(offset, offset + length)[:, None] * frequencies, 2, axis=-1)
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    angles = np.arange(offset, offset + length)[:, None] * frequencies.repeat(2)
     right_angle = np.kron(np.eye(head_dim // 2), [[0, 1], [-1, 0]])
-    result = mx.cos(angles), mx.sin(angles), mx.array(right_angle, mx.float32)
-    mx.eval(result)
-    return result
+    tables = (np.cos(angles), np.sin(angles), right_angle)
+    return tuple(mx.array(table, mx.float32) for table in tables)
 
 
 @mx.custom_function
@@ -335,17 +362,23 @@ class QuantizedLinear(nn.QuantizedLinear):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
+        settings = {"group_size": self.group_size, "bits": self.bits}
+        weights = self.weight, self.scales, self.biases
+        if CORES and is_vector(x):
+            return share_out(
+                lambda rows: mx.quantized_matmul(x, *(part[rows] for part in weights), **settings),
+                len(self.weight),
+            )
         if x.size // x.shape[-1] <= FEW_ROWS:
             return super().__call__(x)
-        settings = {"group_size": self.group_size, "bits": self.bits}
 
         @mx.custom_function
         def product(x: mx.array) -> mx.array:
-            return x @ mx.dequantize(self.weight, self.scales, self.biases, **settings).T
+            return x @ mx.dequantize(*weights, **settings).T
 
         @product.vjp
         def product_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-            return cotangent @ mx.dequantize(self.weight, self.scales, self.biases, **settings)
+            return cotangent @ mx.dequantize(*weights, **settings)
 
         return product(x)
 
@@ -355,6 +388,11 @@ class Linear(nn.Linear):
 
     def __init__(self, input_dims: int, output_dims: int):
         super().__init__(input_dims, output_dims, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if CORES and is_vector(x):
+            return share_out(lambda rows: x @ self.weight[rows].T, len(self.weight))
+        return super().__call__(x)
 
     def to_quantized(self, group_size: int, bits: int, **_) -> QuantizedLinear:
         return QuantizedLinear.from_linear(self, group_size, bits)
