@@ -27,7 +27,7 @@ from models import Model  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 
-TOGETHER = 16  # questions that are answered at once
+TOGETHER = 64  # questions that are answered at once
 SPLITS = ("train", "test")
 
 
