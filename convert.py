@@ -12,6 +12,7 @@ Out: a folder with weights.npz (float16), params.json and tokenizer.model, for l
 
 import argparse
 import copy
+import difflib
 import json
 import os
 import shutil
@@ -97,17 +98,18 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mlx-path", default="mlx_model/", help="folder to write (default: %(default)s)"
     )
-    parser.add_argument(
+    group = parser.add_argument_group("quantization")
+    group.add_argument(
         "-q", "--quantize", action="store_true", help="quantize all linear layers but the output"
     )
-    parser.add_argument(
+    group.add_argument(
         "--q-group-size",
         type=int,
         default=64,
         choices=(32, 64, 128),
         help="weights that share a scale (default: %(default)s)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--q-bits",
         type=int,
         default=4,
@@ -154,9 +156,12 @@ def open_checkpoint(folder: Path) -> tuple[Path, dict, Tensors]:
                 for name in set(read_json(index).get("weight_map", {}).values()):
                     find_file(folder / name)
             return config, *from_hugging_face(read_json(config), gather(map(open_file, parts)))
+    beside = os.listdir(folder.parent) if folder.parent.is_dir() and not folder.exists() else []
+    close = difflib.get_close_matches(folder.name, beside, n=1)
+    meant = f" (did you mean {folder.parent / close[0]}?)" if close else ""
     raise FileNotFoundError(
-        f"{folder} holds no checkpoint: --torch-path takes a folder with consolidated.00.pth, "
-        "consolidated.safetensors, model*.safetensors or pytorch_model*.bin"
+        f"{folder} holds no checkpoint{meant}: --torch-path takes a folder with "
+        "consolidated.00.pth, consolidated.safetensors, model*.safetensors or pytorch_model*.bin"
     )
 
 
