@@ -952,6 +952,8 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     how fast that was to standard error.
     """
     open_streams(1)  # after training, all cores for one product again
+    dtype = model.norm.weight.dtype  # cast here, an adapter need not be for every token
+    model.update(tree_map(lambda matrix: matrix.astype(dtype), model.trainable_parameters()))
     mx.reset_peak_memory()
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token

@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -148,6 +148,11 @@ def swiglu_on_cpu_vjp(
     return cotangent * up * (silu + (1 - silu) / divisor), cotangent * silu
 
 
+@partial(mx.compile, shapeless=True)
+def swiglu_in_one_kernel(gate: mx.array, up: mx.array) -> mx.array:
+    return nn.silu(gate) * up
+
+
 @mx.custom_function
 def swiglu_on_gpu(gate: mx.array, up: mx.array) -> mx.array:
     return gate / (1 + mx.exp(-gate)) * up
@@ -168,7 +173,10 @@ def swiglu_on_gpu_vjp(
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up`."""
-    return swiglu_on_cpu(gate, up)[0] if ON_CPU else swiglu_on_gpu(gate, up)
+    if ON_CPU:
+        return swiglu_on_cpu(gate, up)[0]
+    # Generating, unlike a step of the training, is not compiled as a whole.
+    return swiglu_in_one_kernel(gate, up) if is_vector(gate) else swiglu_on_gpu(gate, up)
 
 
 @mx.custom_function
@@ -497,12 +505,10 @@ def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> 
         blank = mx.zeros((batch, n_kv_heads, room, head_dim), keys.dtype)
         old_keys = mx.concatenate([old_keys[:, :, :seen], blank], axis=2)
         old_values = mx.concatenate([old_values[:, :, :seen], blank], axis=2)
-    start = mx.array([seen])
-    return (
-        mx.slice_update(old_keys, keys, start, axes=[2]),
-        mx.slice_update(old_values, values, start, axes=[2]),
-        filled,
-    )
+    old_keys, old_values = old_keys[...], old_values[...]  # names of their own: theirs stay as is
+    old_keys[:, :, seen:filled] = keys
+    old_values[:, :, seen:filled] = values
+    return old_keys, old_values, filled
 
 
 class FeedForward(nn.Module):
