@@ -5,7 +5,7 @@
 
 Asks the questions of train.jsonl and test.jsonl, greedy, and counts the answers that begin with the
 right dotted name, whose first sentence is the right one, and that end by themselves. The perplexity
-is that of all texts of the file. `--show` prints so many answers of each file, as they came.
+is that of the same texts. `--show` prints so many answers of each file, as they came.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import math
 import re
 import sys
+import tempfile
 from itertools import groupby
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def read_records(path: Path, n: int) -> list[tuple[str, str]]:
     return [
         (f"{question}\nA:", answer) for question, _, answer in (t.partition("\nA: ") for t in texts)
     ]
+
+
+def perplexity(model: Model, tokenizer: lora.Tokenizer, records: list[tuple[str, str]]) -> float:
+    """The perplexity of the records' whole texts."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "texts.jsonl"
+        texts = (json.dumps({"text": f"{prompt} {right}"}) for prompt, right in records)
+        path.write_text("\n".join(texts), "utf-8")
+        return math.exp(lora.evaluate(model, lora.Dataset(path), lora.loss, tokenizer, 4, -1))
 
 
 def first_sentence(answer: str) -> str:
@@ -113,12 +123,12 @@ def main() -> None:
                 for (a, _), (_, right) in zip(answers, records, strict=True)
             )
             ended = sum(ends for _, ends in answers)
-            loss = lora.evaluate(model, lora.Dataset(path), lora.loss, tokenizer, 4, -1)
+            value = perplexity(model, tokenizer, records)
             lora.open_streams(1)
             shares = " | ".join(f"{n / len(records):.2f}" for n in (names, sentences, ended))
             name = Path(adapter).name if adapter else "base"
             print(
-                f"| {name} | {len(records)} of {path.name} | {shares} | {math.exp(loss):.2f} |",
+                f"| {name} | {len(records)} of {path.name} | {shares} | {value:.2f} |",
                 flush=True,
             )
             for (prompt, _), (text, _) in list(zip(records, answers, strict=True))[: args.show]:

@@ -34,8 +34,10 @@ def train(setting: tuple, args: argparse.Namespace) -> dict[int, float]:
         command += ["--steps-per-eval", args.every, "--adapter-file", adapter, "--seed", args.seed]
         command += ["--save-every", args.iters]
         run = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
-        if run.returncode not in (0, 1):  # 1: the training broke down
-            raise RuntimeError(run.stderr)
+        if run.returncode:
+            tqdm.write(f"{setting}: {run.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        if not adapter.with_suffix(".log.jsonl").exists():
+            return {}
         entries = map(json.loads, adapter.with_suffix(".log.jsonl").read_text().splitlines())
         return {e["iteration"]: math.exp(e["val_loss"]) for e in entries if e["val_loss"]}
 
