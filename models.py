@@ -66,14 +66,22 @@ LayerCache = tuple[mx.array, mx.array, int]
 # more often than it must be, and in the cheapest of MLX's ways. A GPU takes MLX's fused kernels.
 
 
-def open_streams(n: int) -> list[mx.Stream]:
+def available_cores() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count()))
+
+
+def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
     """Up to `n` streams that work side by side: on a CPU, where MLX runs a stream on one thread, as
-    many as there are cores, which the BLAS's threads are shared out among; on a GPU one.
+    many as there are cores for each of the `n_sharing` processes that have them, which the BLAS's
+    threads are shared out among; on a GPU one.
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
     keep_freed_memory()
-    n_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    n_cores = max(1, len(available_cores()) // n_sharing)
     n = min(n, n_cores)
     if FAST_BLAS:
         FAST_BLAS.MKL_Set_Num_Threads(n_cores // n)
