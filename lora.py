@@ -1522,15 +1522,15 @@ def fail(error: BaseException, status: int) -> NoReturn:
 
 # Errors that the user can mend, and ends of a run to which all ranks come together.
 MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved)
+COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit)
 
 
 def main() -> None:
-    if launched_rank():
-        sys.stdout = sys.stderr = open(os.devnull, "w")
-    args = build_parser().parse_args()
+    if launched_rank():  # for all ranks but the first
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         with Ranks.join() as ranks:
+            args = build_parser().parse_args()
             run(args, ranks)
     except Stopped as stop:
         print(f"lora.py: {stop}; go on with: {resuming_command(args)}", file=sys.stderr)
