@@ -63,7 +63,7 @@ PREFILL = 512  # positions of a prompt that go through the model at once
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # a launcher sets one of them
 MEETING = 20  # seconds in which all ranks have to be there
-GOODBYE = b"goodbye"
+WELCOME, GOODBYE = b"welcome", b"goodbye"
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
 
 # -------------------------------------------------------------------------------------------------
@@ -267,7 +267,13 @@ class Ranks:
             return ranks
         if point:
             ranks._meet(rank, *point)
-        ranks._group = mx.distributed.init(strict=True)
+        signal.alarm(MEETING)  # ends this process; MLX waits for ever, and lets no thread run
+        try:
+            ranks._group = mx.distributed.init(strict=True)
+        except RuntimeError as error:
+            sys.stderr = sys.__stderr__
+            raise RuntimeError(f"rank {rank} does not reach the others: {error}") from error
+        signal.alarm(0)
         ranks.rank, ranks.size = ranks._group.rank(), ranks._group.size()
         boot = Path("/proc/sys/kernel/random/boot_id")  # of this machine, whatever its names
         machine = boot.read_text() if boot.exists() else platform.node()
@@ -307,16 +313,22 @@ class Ranks:
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             for setting, value in (idle, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3):
                 peer.setsockopt(socket.IPPROTO_TCP, setting, value)
-            threading.Thread(target=self._watch, args=(other, peer), daemon=True).start()
+            if rank == 0:
+                with suppress(OSError):
+                    peer.sendall(WELCOME)
+            else:
+                self._expect(WELCOME, other)
+            threading.Thread(target=self._expect, args=(GOODBYE, other), daemon=True).start()
 
-    def _watch(self, other: int, peer: socket.socket) -> None:
-        """End this process when the other's connection ends without a goodbye."""
+    def _expect(self, word: bytes, other: int) -> None:
+        """Wait for the other's `word`, and end this process when anything else comes."""
         message = b""
         with suppress(OSError):
-            message = peer.recv(len(GOODBYE))
-        if message != GOODBYE:
+            message = self._peers[other].recv(len(word))
+        if message != word:
             self._end(int(message or other), told=bool(message))
-        self._left.set()
+        if word == GOODBYE:
+            self._left.set()
 
     def _end(self, lost: int, told: bool = False) -> NoReturn:
         """End this process, and the others with it, since the rank `lost` is."""
@@ -344,7 +356,7 @@ class Ranks:
                 with suppress(OSError):
                     peer.sendall(GOODBYE)
         else:
-            time.sleep(1)  # where another's end is the cause, `_watch` says so and ends this one
+            time.sleep(1)  # where another's end is the cause, `_expect` says so and ends this one
             sys.stderr = sys.__stderr__
 
     def _ends_alike(self, error: BaseException) -> bool:

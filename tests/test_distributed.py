@@ -1,4 +1,4 @@
-"""Training on several ranks: the result of one process, and no rank that waits for one that is gone.
+"""Training on several ranks: the result of one process, and no rank that waits for a lost one.
 
 The ranks are started as `mlx.launch` starts them, but by hand, so that each has its own status.
 """
