@@ -22,8 +22,10 @@ from conftest import ROOT, write_jsonl
 
 import lora
 
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+from distributed import HOSTS, bytes_a_step, bytes_sent, two_namespaces
+
 FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
-LINK = "1gbit"
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +165,36 @@ def test_a_rank_without_rows_takes_part(flags, data, tmp_path):
     assert "warning: a batch is 1 texts" in errors[0] and errors[1] == ""
 
 
+@pytest.fixture
+def namespaces():
+    """Two network namespaces, with a link of 1 Gbit/s between them."""
+    try:
+        with two_namespaces("1gbit") as names:
+            yield names
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"network namespaces need Linux, root and iproute2: {error}")
+
+
+def in_namespaces(names: tuple[str, str]) -> dict:
+    return {"hosts": HOSTS, "under": lambda rank: ["ip", "netns", "exec", names[rank]]}
+
+
+def test_two_hosts_train_as_one_process_does_and_send_what_the_formula_says(
+    flags, alone, tmp_path, namespaces
+):
+    ranks = start_ranks(2, tmp_path, *flags, **in_namespaces(namespaces))
+    wait_for(ranks[0], "Iter 26: Train loss")
+    before = bytes_sent(namespaces[1])
+    wait_for(ranks[0], "Iter 46: Train loss")
+    sent = bytes_sent(namespaces[1]) - before
+    statuses, _, errors = end(ranks)
+    assert statuses == [0, 0], errors
+    assert_same_adapters(tmp_path, alone[0])
+    n_values = sum(matrix.size for matrix in lora.read_adapter(tmp_path / "adapters.npz").values())
+    # Beside the gradients, each fifth step tells of its save, and a step may be under way.
+    assert sent / 20 == pytest.approx(bytes_a_step(n_values, 2), rel=0.15)
+
+
 # -------------------------------------------------------------------------------------------------
 # Ranks that end
 
@@ -229,6 +261,19 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path)
     assert errors[1] == ""
     with np.load(tmp_path / "adapters.state.npz") as state:
         assert f"iteration {state['iteration']};" in errors[0]
+
+
+def test_a_host_that_cannot_be_reached_any_more_ends_both(flags, tmp_path, namespaces):
+    """A cable that is pulled: no connection is closed, and nothing comes."""
+    flags = [*flags, "--iters", "100000"]
+    ranks = start_ranks(2, tmp_path, *flags, **in_namespaces(namespaces))
+    wait_for(ranks[0], "Iter 10: Train loss")
+    command = ["ip", "-n", namespaces[0], "link", "set", "veth", "down"]
+    subprocess.run(command, check=True)
+    statuses, _, errors = end(ranks, 30)
+    assert statuses == [1, 1]
+    for text, other in zip(errors, (1, 0), strict=True):
+        assert text.startswith(f"lora.py: error: rank {other} has ended or cannot be reached")
 
 
 # -------------------------------------------------------------------------------------------------
