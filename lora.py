@@ -61,8 +61,8 @@ ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PREFILL = 512  # positions of a prompt that go through the model at once
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
-RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK")  # a launcher sets one of them
-MEETING = 20  # seconds in which all ranks have to be there
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
+MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
 
@@ -267,7 +267,7 @@ class Ranks:
             return ranks
         if point:
             ranks._meet(rank, *point)
-        signal.alarm(MEETING)  # ends this process; MLX waits for ever, and lets no thread run
+        signal.alarm(JOINING)  # ends this process; MLX waits for ever, and lets no thread run
         try:
             ranks._group = mx.distributed.init(strict=True)
         except RuntimeError as error:
@@ -285,7 +285,13 @@ class Ranks:
         """Connect rank 0 with all others, and watch the connections."""
         deadline = time.monotonic() + MEETING
         if rank == 0:
-            server = socket.create_server((host, port), backlog=size)
+            try:
+                server = socket.create_server((host, port), backlog=size)
+            except OSError as error:
+                raise OSError(
+                    f"rank 0 cannot wait at {host}:{port} ({error}): is another run "
+                    "there? mlx.launch takes another port with -p"
+                ) from error
             while missing := set(range(1, size)) - self._peers.keys():
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
@@ -387,11 +393,11 @@ class Ranks:
             content = Path(path).read_bytes()
         if self.size == 1:
             return content
-        size = int(self.sum(mx.array(0 if content is None else len(content) + 1)).item()) - 1
-        buffer = (
-            mx.zeros(max(size, 0), mx.uint8) if content is None else mx.array(bytearray(content))
-        )
-        return bytes(self.sum(buffer)) if size >= 0 else None
+        size = -1 if content is None else len(content)
+        size = self.sum(mx.array(size if self.rank == 0 else 0)).item()
+        if size < 0:
+            return None
+        return bytes(self.sum(mx.array(bytearray(content or size))))
 
 
 ALONE = Ranks()
@@ -679,10 +685,11 @@ def evaluate(
     for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
         parts = on_each(streams, partial(loss, model), *batch, ranks=ranks)
         mx.eval(parts)
-        parts = [(mean.item() * n_tokens.item(), n_tokens.item()) for mean, n_tokens in parts]
-        loss_sum, n_tokens, stopping = ranks.add(*np.sum([(0, 0), *parts], axis=0), stop())
-        total_loss += loss_sum
-        total_tokens += n_tokens
+        batch_loss = sum(mean.item() * n_tokens.item() for mean, n_tokens in parts)
+        batch_tokens = sum(n_tokens.item() for _, n_tokens in parts)
+        batch_loss, batch_tokens, stopping = ranks.add(batch_loss, batch_tokens, stop())
+        total_loss += batch_loss
+        total_tokens += batch_tokens
         if stopping:
             return None
     return total_loss / total_tokens
@@ -1534,12 +1541,12 @@ def fail(error: BaseException, status: int) -> NoReturn:
 
 # Errors that the user can mend, and ends of a run to which all ranks come together.
 MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit)
+COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, KeyboardInterrupt)
 
 
 def main() -> None:
     if launched_rank():  # for all ranks but the first
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end
     try:
         with Ranks.join() as ranks:
             args = build_parser().parse_args()
