@@ -226,20 +226,21 @@ def launched_rank() -> int | None:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), None)
 
 
-def meeting_point() -> tuple[str, int, int] | None:
-    """Host and port, one above those that MLX uses, where rank 0 meets the others, and how many
-    ranks there are, as `mlx.launch` says; None under MPI, which watches its ranks itself.
+def meeting_point() -> tuple[str, str, int, int] | None:
+    """MLX's backend, the host and port where rank 0 meets the others, one above the ports that MLX
+    uses, and how many ranks there are, as `mlx.launch` says; None where it has not launched us.
     """
     env = os.environ
     if "NCCL_HOST_IP" in env and "MLX_WORLD_SIZE" in env:
-        return env["NCCL_HOST_IP"], int(env["NCCL_PORT"]) + 1, int(env["MLX_WORLD_SIZE"])
+        return "nccl", env["NCCL_HOST_IP"], int(env["NCCL_PORT"]) + 1, int(env["MLX_WORLD_SIZE"])
     if "MLX_JACCL_COORDINATOR" in env:
         host, _, port = env["MLX_JACCL_COORDINATOR"].rpartition(":")
-        return host, int(port) + 1, len(json.loads(Path(env["MLX_IBV_DEVICES"]).read_text()))
+        devices = json.loads(Path(env["MLX_IBV_DEVICES"]).read_text())
+        return "jaccl", host, int(port) + 1, len(devices)
     if "MLX_HOSTFILE" in env:
         nodes = json.loads(Path(env["MLX_HOSTFILE"]).read_text().strip() or '[["alone:0"]]')
         addresses = [address.rpartition(":") for node in nodes for address in node]
-        return addresses[0][0], max(int(port) for *_, port in addresses) + 1, len(nodes)
+        return "ring", addresses[0][0], max(int(port) for *_, port in addresses) + 1, len(nodes)
     return None
 
 
@@ -263,13 +264,14 @@ class Ranks:
         process ends when one of them does not come.
         """
         ranks, rank, point = cls(), launched_rank(), meeting_point()
-        if rank is None or (point and point[2] == 1):
+        if rank is None or (point and point[-1] == 1):
             return ranks
-        if point:
-            ranks._meet(rank, *point)
+        backend, *place = point or ("mpi",)  # which ends all ranks itself when one ends
+        if place:
+            ranks._meet(rank, *place)
         signal.alarm(JOINING)  # ends this process; MLX waits for ever, and lets no thread run
         try:
-            ranks._group = mx.distributed.init(strict=True)
+            ranks._group = mx.distributed.init(strict=True, backend=backend)
         except RuntimeError as error:
             sys.stderr = sys.__stderr__
             raise RuntimeError(f"rank {rank} does not reach the others: {error}") from error
@@ -844,8 +846,8 @@ def report_steps(
 ) -> tuple[int, float, int]:
     """Report the steps up to `iteration`, and warn of each whose update was left out.
 
-    done: what each step gave; n_broken: how many steps right
-    before them were not finite. Gives how many at their end are not, the mean loss and the tokens.
+    done: what each step gave; n_broken: how many steps right before them were not finite. Gives how
+    many at their end are not, the mean loss and the tokens.
     """
     losses, n_tokens, finite, _ = np.array(done, float).T
     for i in np.flatnonzero(finite == 0):
@@ -1476,9 +1478,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         generate(model, args.prompt, tokenizer, args)
 
 
-def describe_input(
-    args: argparse.Namespace, sets: tuple, model: Model, tokenizer: Tokenizer
-) -> dict:
+def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[str, str]:
     """A digest of the data, the model and each flag; only paths may differ among ranks."""
     folder = Path(args.model)
     files = [(folder / name).read_bytes() for name in ("params.json", "tokenizer.model")]
