@@ -12,18 +12,22 @@ folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 import argparse
 import difflib
 import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import platform
 import re
 import shlex
 import signal
+import socket
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -41,6 +45,7 @@ from models import (
     LoRALinear,
     Model,
     ModelArgs,
+    available_cores,
     cross_entropy,
     open_streams,
     share_blas_threads,
@@ -58,6 +63,9 @@ ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 PREFILL = 512  # positions of a prompt that go through the model at once
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
+RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
+MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
+WELCOME, GOODBYE = b"welcome", b"goodbye"
 PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
 
 # -------------------------------------------------------------------------------------------------
@@ -131,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     add(group, "--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
     add(group, "--lora-layers", type=count, default=16, help="layers to adapt, from the top")
-    add(group, "--batch-size", type=count, default=4, help="sequences a step")
+    add(group, "--batch-size", type=count, default=4, help="sequences a step, on all ranks")
     add(group, "--iters", type=count, default=1000, help="steps to train in all")
     add(group, "--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
     add(group, "--grad-checkpoint", action="store_true", help="less memory, a third more time")
@@ -157,13 +165,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    """Find what cannot work before anything is loaded.
+def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:
+    """Find what cannot work before anything is loaded, with `n_ranks` processes; `writes` says
+    whether this is the one whose files count.
 
     Raises ValueError or FileNotFoundError.
     """
     if not (args.train or args.test or args.prompt is not None):
         raise ValueError("nothing to do: give --train, --test or --prompt")
+    if args.batch_size % n_ranks:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is the batch of all {n_ranks} ranks: give a multiple"
+        )
+    if args.prompt == "-" and n_ranks > 1:
+        raise ValueError("--prompt - never ends under a launcher: give the text itself")
     if args.prompt == "-":
         args.prompt = sys.stdin.read()
     if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
@@ -172,6 +187,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
     if args.resume_adapter_file and not args.train:
         raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
+    if not writes:
+        return
     if args.train and not Path(args.adapter_file).absolute().parent.is_dir():
         raise FileNotFoundError(f"the folder of --adapter-file {args.adapter_file} does not exist")
     if args.train and Path(args.adapter_file).is_dir():
@@ -198,6 +215,223 @@ def adapter_to_load(args: argparse.Namespace) -> str | None:
     if args.train:
         return args.resume_adapter_file
     return None if args.no_adapter else args.adapter_file
+
+
+# -------------------------------------------------------------------------------------------------
+# Ranks. MLX joins their numbers, but when one ends it tells its neighbours alone, and nobody when a
+# cable is pulled. So rank 0 keeps a connection to each of the others, on which nothing is said: the
+# system closes it when a process ends, and probes it when it is silent.
+
+
+def launched_rank() -> int | None:
+    """This process's place among those that a launcher has started, or None without a launcher."""
+    return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), None)
+
+
+def meeting_point() -> tuple[str, str, int, int] | None:
+    """MLX's backend, the host and port where rank 0 meets the others, one above the ports that MLX
+    uses, and how many ranks there are, as `mlx.launch` says; None where it has not launched us.
+    """
+    env = os.environ
+    if "NCCL_HOST_IP" in env and "MLX_WORLD_SIZE" in env:
+        return "nccl", env["NCCL_HOST_IP"], int(env["NCCL_PORT"]) + 1, int(env["MLX_WORLD_SIZE"])
+    if "MLX_JACCL_COORDINATOR" in env:
+        host, _, port = env["MLX_JACCL_COORDINATOR"].rpartition(":")
+        devices = json.loads(Path(env["MLX_IBV_DEVICES"]).read_text())
+        return "jaccl", host, int(port) + 1, len(devices)
+    if "MLX_HOSTFILE" in env:
+        nodes = json.loads(Path(env["MLX_HOSTFILE"]).read_text().strip() or '[["alone:0"]]')
+        addresses = [address.rpartition(":") for node in nodes for address in node]
+        return "ring", addresses[0][0], max(int(port) for *_, port in addresses) + 1, len(nodes)
+    return None
+
+
+class Ranks:
+    """The processes that compute one run together, of which this is `rank` of `size`; as it is made
+    one alone, whose calls cost nothing. `n_sharing` of them, with this one, have its cores.
+
+    A with statement around a run tells the others, at its end, that it ended as theirs do.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.n_sharing = 0, 1, 1
+        self.saving = threading.Lock()  # held while files are written: a process does not end then
+        self._group: mx.distributed.Group | None = None
+        self._peers: dict[int, socket.socket] = {}
+        self._left = threading.Event()  # rank 0 has, with a goodbye
+
+    @classmethod
+    def join(cls) -> "Ranks":
+        """Meet the others that the launcher has started. Raises RuntimeError where that fails; the
+        process ends when one of them does not come.
+        """
+        ranks, rank, point = cls(), launched_rank(), meeting_point()
+        if rank is None or (point and point[-1] == 1):
+            return ranks
+        backend, *place = point or ("mpi",)  # which ends all ranks itself when one ends
+        if place:
+            ranks._meet(rank, *place)
+        signal.alarm(JOINING)  # ends this process; MLX waits for ever, and lets no thread run
+        try:
+            ranks._group = mx.distributed.init(strict=True, backend=backend)
+        except RuntimeError as error:
+            sys.stderr = sys.__stderr__
+            raise RuntimeError(f"rank {rank} does not reach the others: {error}") from error
+        signal.alarm(0)
+        ranks.rank, ranks.size = ranks._group.rank(), ranks._group.size()
+        boot = Path("/proc/sys/kernel/random/boot_id")  # of this machine, whatever its names
+        machine = boot.read_text() if boot.exists() else platform.node()
+        machines = ranks.gather(machine + digest(repr(available_cores()).encode()))
+        ranks.n_sharing = machines.count(machines[ranks.rank])
+        return ranks
+
+    def _meet(self, rank: int, host: str, port: int, size: int) -> None:
+        """Connect rank 0 with all others, and watch the connections."""
+        deadline = time.monotonic() + MEETING
+        if rank == 0:
+            try:
+                server = socket.create_server((host, port), backlog=size)
+            except OSError as error:
+                raise OSError(
+                    f"rank 0 cannot wait at {host}:{port} ({error}): is another run "
+                    "there? mlx.launch takes another port with -p"
+                ) from error
+            while missing := set(range(1, size)) - self._peers.keys():
+                server.settimeout(max(deadline - time.monotonic(), 0.001))
+                try:
+                    peer, _ = server.accept()
+                    peer.settimeout(1)
+                    self._peers[int(peer.recv(8))] = peer
+                except TimeoutError:
+                    if time.monotonic() > deadline:
+                        self._end(min(missing))
+                except (OSError, ValueError):  # it has left again, or is none of ours
+                    continue
+            server.close()
+        while rank > 0 and not self._peers:
+            try:
+                peer = socket.create_connection((host, port), timeout=5)
+                peer.sendall(b"%d" % rank)
+                self._peers[0] = peer
+            except OSError:
+                if time.monotonic() > deadline:
+                    self._end(0)
+                time.sleep(0.1)
+        idle = getattr(socket, "TCP_KEEPIDLE", None) or socket.TCP_KEEPALIVE  # Linux, macOS
+        for other, peer in self._peers.items():
+            peer.settimeout(None)
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for setting, value in (idle, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3):
+                peer.setsockopt(socket.IPPROTO_TCP, setting, value)
+            if rank == 0:
+                with suppress(OSError):
+                    peer.sendall(WELCOME)
+            else:
+                self._expect(WELCOME, other)
+            threading.Thread(target=self._expect, args=(GOODBYE, other), daemon=True).start()
+
+    def _expect(self, word: bytes, other: int) -> None:
+        """Wait for the other's `word`, and end this process when anything else comes."""
+        message = b""
+        with suppress(OSError):
+            message = self._peers[other].recv(len(word))
+        if message != word:
+            self._end(int(message or other), told=bool(message))
+        if word == GOODBYE:
+            self._left.set()
+
+    def _end(self, lost: int, told: bool = False) -> NoReturn:
+        """End this process, and the others with it, since the rank `lost` is."""
+        with self.saving:
+            if not told:
+                print(
+                    f"lora.py: error: rank {lost} has ended or cannot be reached, so the others "
+                    "end; training goes on from its last save with --resume-adapter-file",
+                    file=sys.__stderr__,
+                    flush=True,
+                )
+            for peer in self._peers.values():
+                with suppress(OSError):
+                    peer.sendall(b"%d" % lost)
+            os._exit(1)
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if self.size == 1:
+            return
+        if error is None or self._ends_alike(error):
+            for peer in self._peers.values():
+                with suppress(OSError):
+                    peer.sendall(GOODBYE)
+        else:
+            time.sleep(1)  # where another's end is the cause, `_expect` says so and ends this one
+            sys.stderr = sys.__stderr__
+
+    def _ends_alike(self, error: BaseException) -> bool:
+        """Whether the others end for the same reason; if so, rank 0 alone speaks of it."""
+        return isinstance(error, COMMON_ENDS) if self.rank == 0 else self._left.wait(2)
+
+    def sum(self, x: mx.array) -> mx.array:
+        """The sum of all ranks' `x`, in one message."""
+        return x if self._group is None else mx.distributed.all_sum(x, group=self._group)
+
+    def add(self, *values: float) -> list[float]:
+        """Each value's sum over all ranks, in float32 where there are several."""
+        if self.size == 1:
+            return list(values)
+        return self.sum(mx.array([float(value) for value in values])).tolist()
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, each of at most 8 KiB in UTF-8."""
+        rows = np.zeros((self.size, 8192), np.uint8)
+        content = np.frombuffer(text.encode(), np.uint8)
+        rows[self.rank, : len(content)] = content
+        return [bytes(row).rstrip(b"\0").decode() for row in np.array(self.sum(mx.array(rows)))]
+
+    def read(self, path: str | Path) -> bytes | None:
+        """The content of rank 0's file, or None where there is none; no other needs to have it."""
+        content = None
+        if self.rank == 0 and Path(path).is_file():
+            content = Path(path).read_bytes()
+        if self.size == 1:
+            return content
+        size = -1 if content is None else len(content)
+        size = self.sum(mx.array(size if self.rank == 0 else 0)).item()
+        if size < 0:
+            return None
+        return bytes(self.sum(mx.array(bytearray(content or size))))
+
+
+ALONE = Ranks()
+
+
+def prepare_alike(
+    ranks: Ranks, prepare: Callable[[], tuple], describe: Callable[..., dict[str, str]]
+) -> tuple:
+    """What `prepare` gives, on each of the ranks.
+
+    Raises ValueError, on all of them, where it fails on one, or where what `describe` says of its
+    values is not the same everywhere.
+    """
+    if ranks.size == 1:
+        return prepare()
+    values, problem, identity = (), None, {}
+    try:
+        values = prepare()
+        identity = describe(*values)
+    except MISTAKES as error:
+        problem = str(error)[:2000]
+    all_ranks = [json.loads(text) for text in ranks.gather(json.dumps([problem, identity]))]
+    expected = all_ranks[0][1]
+    for rank, (problem, identity) in enumerate(all_ranks):
+        if problem is not None:
+            raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
+        for name in expected:
+            if identity[name] != expected[name]:
+                raise ValueError(f"{name} of rank {rank} is not that of rank 0: give all the same")
+    return values
 
 
 # -------------------------------------------------------------------------------------------------
@@ -417,12 +651,17 @@ def loss(
     return mx.where(mask, losses, 0).sum() / n_tokens, n_tokens
 
 
-def on_each(streams: list[mx.Stream], function: Callable, *batch: mx.array) -> list:
-    """Call `function` with a share of the batch's rows on each of the streams."""
+def on_each(
+    streams: list[mx.Stream], function: Callable, *batch: mx.array, ranks: Ranks = ALONE
+) -> list:
+    """Call `function` with a share of this rank's share of the batch's rows on each of the
+    streams; where there are fewer rows than shares, some get none.
+    """
     results = []
-    for i, stream in enumerate(streams[: len(batch[0])]):
+    n_shares = len(streams) * ranks.size
+    for first, stream in zip(range(ranks.rank, len(batch[0]), ranks.size), streams, strict=False):
         with mx.stream(stream):
-            results.append(function(*(array[i :: len(streams)] for array in batch)))
+            results.append(function(*(array[first::n_shares] for array in batch)))
     return results
 
 
@@ -435,25 +674,28 @@ def evaluate(
     num_batches: int,
     streams: list[mx.Stream] | None = None,
     stop: Callable[[], bool] = lambda: False,
-) -> float:
+    ranks: Ranks = ALONE,
+) -> float | None:
     """Mean loss a token over `num_batches` batches of `dataset`; -1 takes every record, once.
 
-    The rows of a batch are shared out to `streams`, by default new ones. When `stop` gives true,
-    it ends with the batch in hand.
+    The rows of a batch are shared out to the ranks, and to `streams`, by default new ones. When
+    `stop` gives true on any rank, it ends with the batch in hand, and gives None.
     """
     total_loss, total_tokens = 0.0, 0
     n_all = math.ceil(len(dataset) / batch_size)
     n_batches = n_all if num_batches == -1 else min(num_batches, n_all)
     batches = itertools.islice(iterate_batches(dataset, tokenizer, batch_size), n_batches)
-    streams = streams or open_streams(batch_size)
+    streams = streams or open_streams(batch_size // ranks.size, ranks.n_sharing)
     for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
-        parts = on_each(streams, partial(loss, model), *batch)
+        parts = on_each(streams, partial(loss, model), *batch, ranks=ranks)
         mx.eval(parts)
-        for mean, n_tokens in parts:
-            total_loss += mean.item() * n_tokens.item()
-            total_tokens += n_tokens.item()
-        if stop():
-            break
+        batch_loss = sum(mean.item() * n_tokens.item() for mean, n_tokens in parts)
+        batch_tokens = sum(n_tokens.item() for _, n_tokens in parts)
+        batch_loss, batch_tokens, stopping = ranks.add(batch_loss, batch_tokens, stop())
+        total_loss += batch_loss
+        total_tokens += batch_tokens
+        if stopping:
+            return None
     return total_loss / total_tokens
 
 
@@ -484,41 +726,53 @@ def train(
     loss: Callable,
     tokenizer: Tokenizer,
     args: argparse.Namespace,
+    ranks: Ranks = ALONE,
 ) -> None:
     """Train what is not frozen up to step `args.iters`, reporting and saving on the way.
 
     The LoRA matrices go to `args.adapter_file` and what a resumed run needs to a file beside it,
     every `args.save_every` steps and at the end. Validation is at the first step, before the
-    update, at every `args.steps_per_eval`, and at the last.
+    update, at every `args.steps_per_eval`, and at the last. Each of the ranks takes its rows of
+    each batch, and all make the same update; rank 0 alone reports and saves.
     Raises Stopped after SIGINT or SIGTERM, FloatingPointError when the training has broken down,
     each after saving, and OSError when the last save failed.
     """
-    streams = open_streams(args.batch_size)
-    step = make_step(model, optimizer, loss, streams)
+    streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
+    step = make_step(model, optimizer, loss, streams, ranks)
     identity = describe_run(train_set, tokenizer, args)
-    done_before = restore(model, optimizer, identity, args) if args.resume_adapter_file else 0
+    resuming = args.resume_adapter_file is not None
+    done_before = restore(model, optimizer, identity, args, ranks) if resuming else 0
     batches = iterate_batches(
         train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
     )
-    log = TrainingLog(args.adapter_file, done_before)
+    log = TrainingLog(args.adapter_file, done_before, writes=ranks.rank == 0)
     model.grad_checkpoint = args.grad_checkpoint
     mx.reset_peak_memory()
     done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
     n_broken, saved = 0, True
+    stopping = False  # for a signal; all ranks have it true at the same step
 
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
     with catch_signals() as caught:
+        check = partial(validate, model, val_set, loss, tokenizer, args, streams, caught, ranks)
+        result = None
         for iteration, batch in zip(bar, batches, strict=False):
             if iteration == 1:
-                log.validation(
-                    1, validate(model, val_set, loss, tokenizer, args, 1, streams, caught)
-                )
+                value = check(1)
+                log.validation(1, value)
+                stopping = value is None
                 start = time.perf_counter()
 
-            done.append(step(*batch))
+            previous = result
+            result = step(*batch, stopping=bool(caught))
+            done.append(result)
 
-            last = iteration == args.iters or bool(caught)
+            if ranks.size == 1:
+                stopping = stopping or bool(caught)
+            elif previous:  # not `result`, which would have to be waited for
+                stopping = stopping or previous[-1].item() > 0
+            last = iteration == args.iters or stopping
             report = iteration % args.steps_per_report == 0 or last
             evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
             save = iteration % args.save_every == 0 or last
@@ -531,13 +785,13 @@ def train(
                 bar.set_postfix_str(f"loss {mean:.3f}, {n_tokens / seconds:,.0f} tokens/s")
                 done, seconds = [], 0.0
             if evaluation:
-                value = validate(model, val_set, loss, tokenizer, args, iteration, streams, caught)
+                value = check(iteration)
                 log.validation(iteration, value)
-            stopping = bool(caught)  # asked once, since a signal can come between any two lines
+                stopping = stopping or value is None
             if save or stopping or n_broken >= BROKEN_STEPS:
-                saved = try_save(model, optimizer, iteration, identity, args.adapter_file)
+                saved = try_save(model, optimizer, iteration, identity, args.adapter_file, ranks)
             if stopping:
-                raise Stopped(caught[0], iteration)
+                raise Stopped(caught, iteration)
             if n_broken >= BROKEN_STEPS:
                 raise FloatingPointError(
                     f"at iteration {iteration} the last {n_broken} losses or gradients were not "
@@ -545,20 +799,24 @@ def train(
                 )
             if report or evaluation or save:
                 start = time.perf_counter()
-        if caught:
-            raise Stopped(caught[0], args.iters)
+        if any(ranks.add(len(caught))):
+            raise Stopped(caught, args.iters)
     model.grad_checkpoint = False
     if not saved:
-        raise OSError(f"the adapters of the last step could not be saved to {args.adapter_file}")
+        raise NotSaved(f"the adapters of the last step could not be saved to {args.adapter_file}")
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
 class Stopped(Exception):
-    """A signal ended the training, after a step that was saved."""
+    """A signal, here or on another rank, ended the training, after a step that was saved."""
 
-    def __init__(self, signum: int, iteration: int):
+    def __init__(self, caught: list[int], iteration: int):
         super().__init__(f"stopped at iteration {iteration}")
-        self.signum = signum
+        self.signum = caught[0] if caught else signal.SIGTERM
+
+
+class NotSaved(OSError):
+    """The last save failed."""
 
 
 @contextmanager
@@ -590,10 +848,10 @@ def report_steps(
 ) -> tuple[int, float, int]:
     """Report the steps up to `iteration`, and warn of each whose update was left out.
 
-    done: loss, number of tokens and whether all was finite, of each; n_broken: how many steps right
-    before them were not finite. Gives how many at their end are not, the mean loss and the tokens.
+    done: what each step gave; n_broken: how many steps right before them were not finite. Gives how
+    many at their end are not, the mean loss and the tokens.
     """
-    losses, n_tokens, finite = np.array(done, float).T
+    losses, n_tokens, finite, _ = np.array(done, float).T
     for i in np.flatnonzero(finite == 0):
         at = iteration - len(done) + 1 + i
         warn(f"iteration {at}: the loss or a gradient is not finite; this update is left out")
@@ -607,25 +865,36 @@ def report_steps(
 
 
 def make_step(
-    model: Model, optimizer: optim.Optimizer, loss: Callable, streams: list[mx.Stream]
+    model: Model,
+    optimizer: optim.Optimizer,
+    loss: Callable,
+    streams: list[mx.Stream],
+    ranks: Ranks = ALONE,
 ) -> Callable:
-    """A function that trains on a batch, and gives its mean loss, its number of tokens, and whether
-    loss and gradients were finite. If they were not, it changes nothing.
+    """A function that trains on a batch, and gives its mean loss, its number of tokens, whether
+    loss and gradients were finite, and whether any rank was `stopping` when it called it. If they
+    were not finite, it changes nothing.
 
-    The rows of a batch are shared out to `streams`, and the gradients joined by tokens. What it
+    The rows of a batch are shared out to the ranks and `streams`, and gradients joined by tokens:
+    one vector of float32 travels, of the gradients and three numbers more. What the function
     gives is still being computed when it returns, so that the next batch is made meanwhile. On a
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
     optimizer.init({"lora": to_vector(model.trainable_parameters())})
     state = [model.state, optimizer.state]
+    n_values = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
 
     def share(*rows: mx.array) -> mx.array:
         (value, n_tokens), gradients = loss_and_grad(model, *rows)
         return mx.concatenate([to_vector(gradients), mx.stack([value, mx.array(1.0)])]) * n_tokens
 
-    def step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        total = sum(on_each(streams, share, *batch))
+    def step(stopping: mx.array, *batch: mx.array) -> tuple[mx.array, ...]:
+        shares = on_each(streams, share, *batch, ranks=ranks)
+        total = sum(shares) if shares else mx.zeros(n_values + 2)
+        if ranks.size > 1:
+            total = ranks.sum(mx.concatenate([total, stopping[None]]))
+            total, stopping = total[:-1], total[-1]
         n_tokens = total[-1]
         gradient, value = total[:-2] / n_tokens, total[-2] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
@@ -637,12 +906,12 @@ def make_step(
         keep = partial(mx.where, finite)
         model.update(from_vector(keep(after["lora"], before["lora"]), matrices))
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
-        return value, n_tokens, finite
+        return value, n_tokens, finite, stopping
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
 
-    def start_step(*batch: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        result = compiled(*batch)
+    def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
+        result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
         return result
 
@@ -668,11 +937,12 @@ def validate(
     loss: Callable,
     tokenizer: Tokenizer,
     args: argparse.Namespace,
-    iteration: int,
     streams: list[mx.Stream],
     caught: list[int],
+    ranks: Ranks,
+    iteration: int,
 ) -> float | None:
-    """Compute, report and give the validation loss, unless a signal is caught meanwhile."""
+    """Compute, report and give the validation loss, unless a rank catches a signal meanwhile."""
     start = time.perf_counter()
     value = evaluate(
         model,
@@ -683,9 +953,10 @@ def validate(
         args.val_batches,
         streams,
         stop=lambda: bool(caught),
+        ranks=ranks,
     )
     took = time.perf_counter() - start
-    if caught:
+    if value is None:
         return None
     say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
     return value
@@ -716,10 +987,12 @@ class TrainingLog:
     validation, and `adapters.png`, the curves of the losses, drawn at each validation.
 
     A run that goes on behind iteration `done_before` goes on in the same files. What cannot be
-    written is a warning: the training is worth more.
+    written is a warning: the training is worth more. Where it is not the one that `writes`, it does
+    nothing.
     """
 
-    def __init__(self, adapter_file: str | Path, done_before: int):
+    def __init__(self, adapter_file: str | Path, done_before: int, writes: bool = True):
+        self.writes = writes
         self.file = Path(adapter_file).with_suffix(".log.jsonl")
         self.picture = Path(adapter_file).with_suffix(".png")
         self.entries = []
@@ -764,6 +1037,8 @@ class TrainingLog:
         self._write("a", [entry])
 
     def _write(self, mode: str, entries: list[dict]) -> None:
+        if not self.writes:
+            return
         try:
             with open(self.file, mode, encoding="utf-8") as file:
                 file.writelines(json.dumps(entry) + "\n" for entry in entries)
@@ -771,6 +1046,8 @@ class TrainingLog:
             warn(f"{self.file} could not be written: {error}")
 
     def _draw(self) -> None:
+        if not self.writes:
+            return
         try:
             from matplotlib.figure import Figure  # here: nothing else needs its second of loading
         except ImportError as error:
@@ -819,14 +1096,9 @@ def state_file(adapter_file: str | Path) -> Path:
 def describe_run(train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
     """What decides a run's result, so that a state is not used in another run."""
     rows = train_set.encode(tokenizer)
-    weights = Path(args.model) / "weights.npz"
-    checksums = b""
-    if weights.is_file():
-        with zipfile.ZipFile(weights) as archive:
-            checksums = repr([(m.filename, m.CRC) for m in archive.infolist()]).encode()
     return {
         "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
-        "the model": digest(checksums),
+        "the model": digest(checksums(Path(args.model) / "weights.npz")),
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--learning-rate": args.learning_rate,
@@ -835,20 +1107,38 @@ def describe_run(train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namesp
     }
 
 
+def checksums(weights: Path) -> bytes:
+    """The names and checksums of the arrays in a `weights.npz`, or nothing where there is none."""
+    if not weights.is_file():
+        return b""
+    with zipfile.ZipFile(weights) as archive:
+        return repr([(m.filename, m.CRC) for m in archive.infolist()]).encode()
+
+
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
 def try_save(
-    model: Model, optimizer: optim.Optimizer, iteration: int, identity: dict, adapter_file: str
+    model: Model,
+    optimizer: optim.Optimizer,
+    iteration: int,
+    identity: dict,
+    adapter_file: str,
+    ranks: Ranks,
 ) -> bool:
-    """Save adapters and state. Where that fails, warn, and give False: a later save may succeed."""
-    try:
-        save(model, optimizer, iteration, identity, adapter_file)
-    except OSError as error:
-        warn(f"iteration {iteration} could not be saved to {adapter_file}: {error}")
-        return False
-    return True
+    """Have rank 0 save adapters and state, and wait for it. Where that fails, warn, and give False:
+    a later save may succeed.
+    """
+    failed = False
+    if ranks.rank == 0:
+        try:
+            with ranks.saving:
+                save(model, optimizer, iteration, identity, adapter_file)
+        except OSError as error:
+            warn(f"iteration {iteration} could not be saved to {adapter_file}: {error}")
+            failed = True
+    return not any(ranks.add(failed))
 
 
 def save(
@@ -877,26 +1167,31 @@ def save(
 
 
 def restore(
-    model: Model, optimizer: optim.Optimizer, identity: dict, args: argparse.Namespace
+    model: Model,
+    optimizer: optim.Optimizer,
+    identity: dict,
+    args: argparse.Namespace,
+    ranks: Ranks,
 ) -> int:
-    """Put the state beside `args.resume_adapter_file` into place; gives the iteration it is of, or
-    0 where there is none.
+    """Put the state beside rank 0's `args.resume_adapter_file` into place; gives the iteration it
+    is of, or 0 where there is none.
 
     Raises ValueError when the state is damaged, or of a run that differs.
     """
     adapter, path = Path(args.resume_adapter_file), state_file(args.resume_adapter_file)
     instead = f"to begin a new run from the weights alone, move {path} away"
-    if not path.is_file():
+    content = ranks.read(path)
+    if content is None:
         say(f"A new run begins from the weights in {adapter}: there is no {path}")
         return 0
     try:
-        with np.load(path) as archive:
+        with np.load(io.BytesIO(content)) as archive:
             state = dict(archive)
         saved_identity = json.loads(str(state["run"]))
         iteration, files = int(state["iteration"]), set(state["files"].tolist())
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}); {instead}") from error
-    if digest(adapter.read_bytes()) not in files:
+    if digest(ranks.read(adapter) or b"") not in files:
         say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
         return 0
     for name, value in identity.items():
@@ -917,12 +1212,12 @@ def restore(
     return iteration
 
 
-def load_adapter(model: Model, path: str | Path) -> None:
-    """Put the LoRA matrices of an .npz file into the model; layers and rank are the file's.
+def load_adapter(model: Model, path: str | Path, ranks: Ranks = ALONE) -> None:
+    """Put the LoRA matrices of rank 0's .npz file into the model; layers and rank are the file's.
 
     Raises ValueError, which names the file and the key, when the file does not fit the model.
     """
-    matrices = read_adapter(path)
+    matrices = read_adapter(path, ranks)
     layers = {int(ADAPTER_KEY.fullmatch(name)[1]) for name in matrices}
     if max(layers) >= len(model.layers):
         raise ValueError(
@@ -994,7 +1289,7 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
     for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
         _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
         mx.eval(cache)
-    share_blas_threads(len(CORES))  # from here on the model shares out each product itself
+    share_blas_threads(max(1, len(CORES)))  # from here on the model shares each product out itself
     token, cache = step(prompt[:, -1:], cache)
     while True:
         # The device computes the next token while the caller works with this one.
@@ -1102,13 +1397,13 @@ def check_memory(needed: int) -> None:
         )
 
 
-def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
-    """The LoRA matrices of an .npz file by parameter path.
+def read_adapter(path: str | Path, ranks: Ranks = ALONE) -> dict[str, np.ndarray]:
+    """The LoRA matrices of rank 0's .npz file by parameter path.
 
     Raises ValueError when the file is damaged or holds anything else.
     """
     try:
-        with np.load(path) as archive:
+        with np.load(io.BytesIO(ranks.read(path) or b"")) as archive:
             matrices = {name: archive[name] for name in archive.files}
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is no adapter file ({error}): make one with --train") from error
@@ -1136,9 +1431,8 @@ def count_parameters(model: Model) -> int:
 # The run
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Do what the flags ask for, in the order train, test, generate."""
-    check_arguments(args)
     if args.train and mx.cuda.is_available():
         # In smaller portions than MLX's own, work that waits holds a quarter less memory.
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200")
@@ -1147,13 +1441,17 @@ def run(args: argparse.Namespace) -> None:
     if ON_CPU and not FAST_BLAS:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
 
-    train_set, val_set, test_set = load(args)  # first, since a mistake there shows at once
+    def prepare() -> tuple[list[Dataset | None], Model, Tokenizer]:
+        check_arguments(args, ranks.size, writes=ranks.rank == 0)
+        sets = load(args)  # before the model, since a mistake there shows at once
+        say("Loading pretrained model")
+        return sets, *load_model(args.model, DTYPES.get(args.dtype))
 
-    say("Loading pretrained model")
-    model, tokenizer = load_model(args.model, DTYPES.get(args.dtype))
+    sets, model, tokenizer = prepare_alike(ranks, prepare, partial(describe_input, args))
+    train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
     if adapter:
-        load_adapter(model, adapter)
+        load_adapter(model, adapter, ranks)
     elif args.train:
         add_lora(model, top_layers(model, args.lora_layers))
     say(f"Total parameters {count_parameters(model) / 1e6:.3f}M")
@@ -1163,25 +1461,41 @@ def run(args: argparse.Namespace) -> None:
 
     if args.train or args.test:
         say("Loading datasets")
-        sets = [dset for dset in (train_set, val_set, test_set) if dset is not None]
-        n_cut = sum(dset.cut(tokenizer, args.max_seq_length) for dset in sets)
+        n_cut = sum(dset.cut(tokenizer, args.max_seq_length) for dset in sets if dset is not None)
         if n_cut:
             warn(f"{n_cut} texts are cut to {args.max_seq_length} tokens, see --max-seq-length")
     if args.train:
         if len(train_set) < args.batch_size:
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
         say("Training")
-        announce(model, train_set, val_set, tokenizer, args)
+        announce(model, train_set, val_set, tokenizer, args, ranks.size)
         optimizer = optim.Adam(learning_rate=args.learning_rate)
-        train(model, train_set, val_set, optimizer, loss, tokenizer, args)
+        train(model, train_set, val_set, optimizer, loss, tokenizer, args, ranks)
     if args.test:
         say("Testing")
-        test_loss = evaluate(model, test_set, loss, tokenizer, args.batch_size, args.test_batches)
+        test_loss = evaluate(
+            model, test_set, loss, tokenizer, args.batch_size, args.test_batches, ranks=ranks
+        )
         say(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
-    if args.prompt is not None:
+    if args.prompt is not None and ranks.rank == 0:
         say("Generating")
         mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
         generate(model, args.prompt, tokenizer, args)
+
+
+def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[str, str]:
+    """A digest of the data, the model and each flag; only paths may differ among ranks."""
+    folder = Path(args.model)
+    files = [(folder / name).read_bytes() for name in ("params.json", "tokenizer.model")]
+    texts = [list(dset) for dset in sets if dset is not None]
+    described = {
+        f"--{name.replace('_', '-')}": digest(repr(value).encode())
+        for name, value in vars(args).items()
+        if name not in ("data", "model")
+    }
+    described["the data"] = digest(repr(texts).encode())
+    described["the model"] = digest(b"".join([checksums(folder / "weights.npz"), *files]))
+    return described
 
 
 def announce(
@@ -1190,16 +1504,18 @@ def announce(
     val_set: Dataset,
     tokenizer: Tokenizer,
     args: argparse.Namespace,
+    n_ranks: int,
 ) -> None:
     """Say what the training will do, and warn of what makes no sense together."""
     n_adapted = sum(isinstance(layer.attention.wq, LoRALinear) for layer in model.layers)
     n_tokens = sum(len(row) - 1 for row in train_set.encode(tokenizer))
     steps = math.ceil(len(train_set) / args.batch_size)
     dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
+    on = f", {n_ranks} ranks," if n_ranks > 1 else ""
     for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
         dtype += f", {bits} bits a weight"
     say(
-        f"On {mx.default_device().type.name} in {dtype}: LoRA in {n_adapted} of "
+        f"On {mx.default_device().type.name}{on} in {dtype}: LoRA in {n_adapted} of "
         f"{len(model.layers)} layers; {len(train_set)} texts, {n_tokens} tokens; {args.iters} "
         f"iterations of {min(args.batch_size, len(train_set))}, {args.iters / steps:.2f} epochs"
     )
@@ -1228,10 +1544,18 @@ def fail(error: BaseException, status: int) -> NoReturn:
     sys.exit(status)
 
 
+# Errors that the user can mend, and ends of a run to which all ranks come together.
+MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
+COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, KeyboardInterrupt)
+
+
 def main() -> None:
-    args = build_parser().parse_args()
+    if launched_rank():  # for all ranks but the first
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end
     try:
-        run(args)
+        with Ranks.join() as ranks:
+            args = build_parser().parse_args()
+            run(args, ranks)
     except Stopped as stop:
         print(f"lora.py: {stop}; go on with: {resuming_command(args)}", file=sys.stderr)
         sys.exit(128 + stop.signum)
@@ -1240,7 +1564,7 @@ def main() -> None:
     except BrokenPipeError:  # whoever read the output has left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+    except MISTAKES as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError, FloatingPointError) as error:
         fail(error, 1)  # the machine failed

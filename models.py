@@ -67,31 +67,34 @@ LayerCache = tuple[mx.array, mx.array, int]
 # more often than it must be, and in the cheapest of MLX's ways. A GPU takes MLX's fused kernels.
 
 
-def open_streams(n: int) -> list[mx.Stream]:
+def available_cores() -> list[int]:
+    """The cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count()))
+
+
+def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
     """Up to `n` streams that work side by side: on a CPU, where MLX runs a stream on one thread, as
-    many as there are cores, which the BLAS's threads are shared out among; on a GPU one.
+    many as there are cores for each of the `n_sharing` processes that have them, which the BLAS's
+    threads are shared out among; on a GPU one.
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
     keep_freed_memory()
-    n = min(n, count_cores())
-    share_blas_threads(n)
+    n = min(n, max(1, len(available_cores()) // n_sharing))
+    share_blas_threads(n * n_sharing)
     return [mx.new_stream(mx.cpu) for _ in range(n)]
 
 
 def share_blas_threads(n: int) -> None:
     """Let the BLAS use as many threads as it may, so that `n` streams can each multiply at once."""
     if FAST_BLAS:
-        FAST_BLAS.MKL_Set_Num_Threads(max(1, count_cores() // max(1, n)))
-
-
-def count_cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        FAST_BLAS.MKL_Set_Num_Threads(max(1, len(available_cores()) // n))
 
 
 # A product with a single vector, as generating takes them, keeps one core busy and no more.
-CORES = [mx.new_stream(mx.cpu) for _ in range(min(4, count_cores()))] if ON_CPU else []
+CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
 
 
 def share_out(multiply: Callable[[slice], mx.array], n_rows: int) -> mx.array:
