@@ -9,7 +9,7 @@ MODEL=${MODEL:-$here/base-model-mlx}
 ADAPTER=${ADAPTER:-$here/adapters.npz}
 QUESTION=${QUESTION:-What is ReLU in mlx?}
 PROMPT=${PROMPT:-"Q: $QUESTION"$'\n'"A:"}  # as in the records that the adapter was trained on
-NUM_TOKENS=${NUM_TOKENS:-100}
+NUM_TOKENS=${NUM_TOKENS:-256}  # at most; an adapted model stops where its texts do
 TEMP=${TEMP:-0}  # greedy
 
 ask() {
