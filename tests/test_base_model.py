@@ -356,6 +356,25 @@ def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(base_model, whee
     assert (project / "q.npz").exists()
     assert (project / "4bit" / "weights.npz").stat().st_size < 200e6
 
+    # And so does every command of the README that needs neither a download nor another machine.
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
+    elsewhere = re.compile("pip install|mistral|mlx.launch|benchmarks/")
+    blocks = [block for block in blocks if not elsewhere.search(block)]
+    assert len(blocks) >= 7
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    quick = {"ITERS": "2", "LORA_LAYERS": "2", "VAL_BATCHES": "1", "NUM_TOKENS": "4"}
+    for block in blocks:
+        process = subprocess.run(
+            ["bash", "-ec", block],
+            cwd=project,
+            env={**os.environ, "PATH": path, **quick},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert process.returncode == 0, f"{block}\n{process.stderr}"
+
 
 def test_the_scripts_stop_at_the_first_error(tmp_path):
     process = subprocess.run(
