@@ -750,6 +750,8 @@ def train(
     mx.reset_peak_memory()
     done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
     n_broken, saved = 0, True
+    if done_before == args.iters:  # nothing is left to do but to write what was asked for
+        saved = try_save(model, optimizer, done_before, identity, args.adapter_file, ranks)
     stopping = False  # for a signal; all ranks have it true at the same step
 
     left = range(done_before + 1, args.iters + 1)
@@ -1059,7 +1061,9 @@ class TrainingLog:
             points = [(e["iteration"], e[key]) for e in self.entries if e[key] is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), style, label=label)
-        best, at = min((e["val_loss"], e["iteration"]) for e in self.entries if e["val_loss"])
+        best, at = min(
+            (e["val_loss"], e["iteration"]) for e in self.entries if e["val_loss"] is not None
+        )
         axes.plot(at, best, "*", markersize=16, label=f"best validation: {best:.3f} at {at}")
         n_tokens = max(self.entries[-1]["tokens"] / self.entries[-1]["iteration"], 1)
         upper = axes.secondary_xaxis("top", (lambda i: i * n_tokens, lambda t: t / n_tokens))
@@ -1184,11 +1188,17 @@ def restore(
     if content is None:
         say(f"A new run begins from the weights in {adapter}: there is no {path}")
         return 0
+
+    def saved(prefix: str, tree: dict) -> dict:
+        return tree_map_with_path(lambda name, _: mx.array(state[f"{prefix}.{name}"]), tree)
+
     try:
         with np.load(io.BytesIO(content)) as archive:
             state = dict(archive)
         saved_identity = json.loads(str(state["run"]))
         iteration, files = int(state["iteration"]), set(state["files"].tolist())
+        matrices = saved("adapter", model.trainable_parameters())
+        moments = saved("optimizer", optimizer.state)
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}); {instead}") from error
     if digest(ranks.read(adapter) or b"") not in files:
@@ -1202,12 +1212,8 @@ def restore(
         raise ValueError(
             f"{path} is of iteration {iteration}, and --iters {args.iters} counts from the start"
         )
-
-    def saved(prefix: str, tree: dict) -> dict:
-        return tree_map_with_path(lambda name, _: mx.array(state[f"{prefix}.{name}"]), tree)
-
-    model.update(saved("adapter", model.trainable_parameters()))
-    optimizer.state.update(saved("optimizer", optimizer.state))
+    model.update(matrices)
+    optimizer.state.update(moments)
     say(f"The run goes on behind iteration {iteration}")
     return iteration
 
@@ -1247,8 +1253,8 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     how fast that was to standard error.
     """
     open_streams(1)  # after training, all cores for one product again
-    dtype = model.norm.weight.dtype  # cast here, an adapter need not be for every token
-    model.update(tree_map(lambda matrix: matrix.astype(dtype), model.trainable_parameters()))
+    matrices, dtype = model.trainable_parameters(), model.norm.weight.dtype
+    model.update(tree_map(lambda m: m.astype(dtype), matrices))  # once, not for every token
     mx.reset_peak_memory()
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token
@@ -1259,6 +1265,7 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
         print(piece, end="", flush=True)
     print(flush=True)
+    model.update(matrices)
     speed = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
     print(
         f"Prompt: {len(prompt_ids)} tokens, {len(prompt_ids) / (times[1] - times[0]):.3f} "
@@ -1278,22 +1285,24 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
 def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
     """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
 
-    def step(ids: mx.array, cache: list | None) -> tuple[mx.array, list]:
-        logits, cache = model(ids, cache)
+    cache, prompt = [], mx.array([prompt_ids])
+
+    def step(ids: mx.array) -> mx.array:
+        # Nobody else holds the old arrays when the new ones are computed, so that is done in place.
+        logits, cache[:] = model(ids, cache)
         logits = logits[:, -1].astype(mx.float32)
         token = mx.random.categorical(logits / temp) if temp > 0 else logits.argmax(-1)
         mx.async_eval(token)
-        return token, cache
+        return token
 
-    cache, prompt = None, mx.array([prompt_ids])
     for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
-        _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
+        _, cache[:] = model(prompt[:, :-1][:, start : start + PREFILL], cache)
         mx.eval(cache)
     share_blas_threads(max(1, len(CORES)))  # from here on the model shares each product out itself
-    token, cache = step(prompt[:, -1:], cache)
+    token = step(prompt[:, -1:])
     while True:
         # The device computes the next token while the caller works with this one.
-        following, cache = step(token[:, None], cache)
+        following = step(token[:, None])
         yield token.item()
         token = following
 
@@ -1491,7 +1500,7 @@ def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[st
     described = {
         f"--{name.replace('_', '-')}": digest(repr(value).encode())
         for name, value in vars(args).items()
-        if name not in ("data", "model")
+        if name not in ("data", "model", "adapter_file", "resume_adapter_file")
     }
     described["the data"] = digest(repr(texts).encode())
     described["the model"] = digest(b"".join([checksums(folder / "weights.npz"), *files]))
@@ -1550,9 +1559,9 @@ COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, Key
 
 
 def main() -> None:
-    if launched_rank():  # for all ranks but the first
-        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end
     try:
+        if launched_rank():  # for all ranks but the first
+            sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end
         with Ranks.join() as ranks:
             args = build_parser().parse_args()
             run(args, ranks)

@@ -6,10 +6,10 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 PYTHON=${PYTHON:-python3}
 TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama or Mistral download
-MODEL=${MODEL:-$here/base-model-mlx}        # the converted model
 CONVERT_FLAGS=${CONVERT_FLAGS:-}            # -q: 4 bits a weight, so that training is QLoRA
-PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn, in case DATA is not there
-DATA=${DATA:-$here/mlx-doc-data}            # train.jsonl, valid.jsonl, test.jsonl
+MODEL=${MODEL:-${TORCH_PATH%/}-mlx${CONVERT_FLAGS// /}}  # the converted model, made if not there
+PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn
+DATA=${DATA:-$here/${PACKAGES// /-}-doc-data}  # train, valid and test.jsonl, made if not there
 ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
 
 # For a small model and five minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4.

@@ -475,6 +475,30 @@ def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
         assert list(islice(lora.generate_ids(model, ids, 0), 8)) == whole
 
 
+def test_generating_does_not_copy_the_cache(tiny_model):
+    """On a CPU a copy, 1 MB a layer for keys and values here, would show in the peak."""
+    model, tokenizer = load_tiny(tiny_model)
+    ids = lora.generate_ids(model, [tokenizer.eos_id] * 3500, 0)
+    for _ in range(2):
+        next(ids)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(20):
+        next(ids)
+    cache = 3 * 2 * 2 * 16 * 4 * 3584  # layers, keys and values, heads, head_dim, bytes, positions
+    assert mx.get_peak_memory() - before < cache / 2
+
+
+def test_generating_leaves_the_adapters_as_they_were(tiny_model, capsys):
+    model, tokenizer = lora.load_model(tiny_model, mx.bfloat16)
+    lora.add_lora(model, [2])
+    before = dict(lora.tree_flatten(model.trainable_parameters()))
+    lora.generate(model, "Hello", tokenizer, lora.build_parser().parse_args(["-n", "2"]))
+    after = dict(lora.tree_flatten(model.trainable_parameters()))
+    assert {name: value.dtype for name, value in after.items()} == dict.fromkeys(before, mx.float32)
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+
+
 def test_a_path_with_a_spelling_mistake_gets_a_suggestion(tiny_model, data, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "llama-mlx")
     line = error_of("--model", tmp_path / "lama-mlx", "--no-adapter", "--prompt", "hi")

@@ -221,6 +221,28 @@ def test_a_state_of_other_adapters_is_not_used(flags, stopped, tmp_path):
     assert "adapters.state.npz is of other adapters" in process.stdout
 
 
+def test_a_run_that_is_resumed_at_its_end_writes_the_adapters_that_were_asked_for(
+    flags, stopped, tmp_path
+):
+    process = run_script(
+        "lora.py", *flags, "--iters", "10", "--resume-adapter-file", stopped / "adapters.npz",
+        "--adapter-file", tmp_path / "copy.npz",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "copy.npz").read_bytes() == (stopped / "adapters.npz").read_bytes()
+
+
+def test_a_state_that_lacks_something_is_one_line(flags, stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    with np.load(folder / "adapters.state.npz") as archive:
+        state = {name: value for name, value in archive.items() if not name.endswith(".m")}
+    np.savez(folder / "adapters.state.npz", **state)
+    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"))
+    assert process.returncode == 2
+    (line,) = process.stderr.splitlines()
+    assert "adapters.state.npz is damaged" in line
+
+
 def test_a_damaged_state_is_one_line(flags, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
     state = folder / "adapters.state.npz"

@@ -96,6 +96,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ROOT / "base-model-mlx"))
     parser.add_argument("--data", default=str(ROOT / "mlx-doc-data"))
     parser.add_argument("--adapters", nargs="*", default=[])
+    parser.add_argument("--no-base", action="store_true", help="ask the adapted models alone")
     parser.add_argument("--questions", type=int, default=-1, help="of each file, -1: all")
     parser.add_argument("--num-tokens", type=int, default=160)
     parser.add_argument("--show", type=int, default=0)
@@ -106,7 +107,7 @@ def main() -> None:
     )
     print("|---|---|---|---|---|---|")
     shown = []
-    for adapter in (None, *args.adapters):
+    for adapter in args.adapters if args.no_base else (None, *args.adapters):
         model, tokenizer = lora.load_model(args.model)
         if adapter:
             lora.load_adapter(model, adapter)
