@@ -276,7 +276,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
     """
     batch, n_heads, length, head_dim = queries.shape
     n_kv_heads, positions = keys.shape[1:3]
-    if not ON_CPU or length == 1:
+    if not ON_CPU:
         mask = "causal" if length > 1 else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     blocks = []
@@ -286,9 +286,12 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
         seen = positions - length + start + n
         # The queries that share a key head are one matrix: (B, K, H / K * n, head_dim).
         block = block.reshape(batch, n_kv_heads, -1, head_dim)
-        is_seen = mx.arange(seen - n, seen)[:, None] >= mx.arange(seen)
-        mask = mx.where(is_seen, 0.0, -math.inf).astype(block.dtype)
-        mask = mx.tile(mask, (n_heads // n_kv_heads, 1))
+        if n == 1:  # which sees all
+            mask = mx.zeros((1, 1), block.dtype)
+        else:
+            is_seen = mx.arange(seen - n, seen)[:, None] >= mx.arange(seen)
+            mask = mx.where(is_seen, 0.0, -math.inf).astype(block.dtype)
+            mask = mx.tile(mask, (n_heads // n_kv_heads, 1))
         out, *_ = attend_on_cpu(block, keys[:, :, :seen], values[:, :, :seen], mask)
         blocks.append(out.reshape(batch, n_heads, n, head_dim))
     return mx.concatenate(blocks, axis=2)
