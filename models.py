@@ -136,7 +136,7 @@ def row_sum(x: mx.array) -> mx.array:
 
 @mx.custom_function
 def swiglu_on_cpu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    divisor = 1 + mx.power(1 / math.e, gate)
+    divisor = 1 + mx.power(1 / math.e, gate)  # exp(-gate), without a pass for the sign
     silu = gate / divisor
     return silu * up, silu, divisor
 
@@ -478,8 +478,12 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
         """x: (B, L, D), the positions after those in `cache`. Gives (B, L, D) and the new cache."""
         seen = cache[2] if cache else 0
-        queries = self._rope(self._heads(self.wq(x), self.n_heads), seen)  # (B, H, L, head_dim)
-        keys = self._rope(self._heads(self.wk(x), self.n_kv_heads), seen)  # (B, K, L, head_dim)
+        queries = rotate(
+            self._heads(self.wq(x), self.n_heads), seen, self.rope_theta
+        )  # (B, H, L, head_dim)
+        keys = rotate(
+            self._heads(self.wk(x), self.n_kv_heads), seen, self.rope_theta
+        )  # (B, K, L, head_dim)
         values = self._heads(self.wv(x), self.n_kv_heads)
 
         cache = extend_cache(cache, keys, values)
@@ -490,9 +494,6 @@ class Attention(nn.Module):
     def _heads(self, x: mx.array, n_heads: int) -> mx.array:
         """(B, L, n_heads * head_dim) to (B, n_heads, L, head_dim)."""
         return x.reshape(*x.shape[:2], n_heads, self.head_dim).transpose(0, 2, 1, 3)
-
-    def _rope(self, x: mx.array, offset: int) -> mx.array:
-        return rotate(x, offset, self.rope_theta)
 
 
 def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> LayerCache:
