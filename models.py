@@ -478,13 +478,10 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
         """x: (B, L, D), the positions after those in `cache`. Gives (B, L, D) and the new cache."""
         seen = cache[2] if cache else 0
-        queries = rotate(
-            self._heads(self.wq(x), self.n_heads), seen, self.rope_theta
-        )  # (B, H, L, head_dim)
-        keys = rotate(
-            self._heads(self.wk(x), self.n_kv_heads), seen, self.rope_theta
-        )  # (B, K, L, head_dim)
+        queries = self._heads(self.wq(x), self.n_heads)  # (B, H, L, head_dim)
+        keys = self._heads(self.wk(x), self.n_kv_heads)  # (B, K, L, head_dim)
         values = self._heads(self.wv(x), self.n_kv_heads)
+        queries, keys = (rotate(heads, seen, self.rope_theta) for heads in (queries, keys))
 
         cache = extend_cache(cache, keys, values)
         keys, values, filled = cache
