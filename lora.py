@@ -42,6 +42,7 @@ from models import (
     CORES,
     FAST_BLAS,
     ON_CPU,
+    Decoder,
     LoRALinear,
     Model,
     ModelArgs,
@@ -1285,20 +1286,19 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
 def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
     """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
 
-    cache, prompt = [], mx.array([prompt_ids])
+    prompt, cache = mx.array([prompt_ids]), None
+    for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
+        _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
+        mx.eval(cache)
+    share_blas_threads(max(1, len(CORES)))  # from here on the model shares each product out itself
+    decoder = Decoder(model, cache)
 
     def step(ids: mx.array) -> mx.array:
-        # Nobody else holds the old arrays when the new ones are computed, so that is done in place.
-        logits, cache[:] = model(ids, cache)
-        logits = logits[:, -1].astype(mx.float32)
+        logits = decoder(ids).astype(mx.float32)
         token = mx.random.categorical(logits / temp) if temp > 0 else logits.argmax(-1)
         mx.async_eval(token)
         return token
 
-    for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
-        _, cache[:] = model(prompt[:, :-1][:, start : start + PREFILL], cache)
-        mx.eval(cache)
-    share_blas_threads(max(1, len(CORES)))  # from here on the model shares each product out itself
     token = step(prompt[:, -1:])
     while True:
         # The device computes the next token while the caller works with this one.

@@ -7,6 +7,7 @@ Shapes in comments: B rows of a batch, L positions, S positions in the key-value
 H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 """
 
+import copy
 import ctypes
 import importlib.metadata
 import math
@@ -55,6 +56,7 @@ if ON_CPU:
     # MLX then queues the work of all streams in turns, not that of one behind that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 LORA_SCALE = 2.0
+CACHE_STEP = 256  # positions by which the key-value cache grows
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
@@ -496,8 +498,7 @@ class Attention(nn.Module):
 def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> LayerCache:
     """Append the keys and values (B, K, L, head_dim) of new positions to a layer's cache.
 
-    Room is added 256 positions at a time. Between those, new positions are written into the arrays
-    in place, provided that the caller keeps no reference to the old cache.
+    Room is added `CACHE_STEP` positions at a time.
     """
     if cache is None:
         return keys, values, keys.shape[2]
@@ -505,7 +506,7 @@ def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> 
     filled = seen + keys.shape[2]
     if filled > old_keys.shape[2]:
         batch, n_kv_heads, _, head_dim = keys.shape
-        room = -(-filled // 256) * 256 - seen
+        room = -(-filled // CACHE_STEP) * CACHE_STEP - seen
         blank = mx.zeros((batch, n_kv_heads, room, head_dim), keys.dtype)
         old_keys = mx.concatenate([old_keys[:, :, :seen], blank], axis=2)
         old_values = mx.concatenate([old_values[:, :, :seen], blank], axis=2)
@@ -572,3 +573,104 @@ class Model(nn.Module):
             x, layer_cache = run(x, layer_cache)
             new_cache.append(layer_cache)
         return self.output(self.norm(x)), new_cache
+
+
+# -------------------------------------------------------------------------------------------------
+# Generating: the network once more, arranged for one token at a time. With so little to multiply, a
+# GPU waits for the processor, whose time goes with the number of operations.
+
+
+def join(*layers: nn.Module) -> nn.Module:
+    """One layer that gives side by side what several linear layers give for the same input.
+
+    Their weights become parts of its own, so that they take no memory twice. LoRA matrices are
+    joined too, of all layers into one pair, and cast to the dtype of the weights.
+    """
+    linears = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+    joined = copy.copy(linears[0])
+    ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
+    for name in linears[0].parameters():  # a quantized layer has three
+        joined[name] = mx.concatenate([linear[name] for linear in linears])
+        mx.eval(joined[name])
+        for linear, part in zip(linears, mx.split(joined[name], ends[:-1]), strict=True):
+            linear[name] = part
+    adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
+    if not adapted:
+        return joined
+    dtype = joined.scales.dtype if isinstance(joined, nn.QuantizedLinear) else joined.weight.dtype
+    lora = LoRALinear.from_linear(joined)
+    lora.lora_a = mx.concatenate([layers[i].lora_a for i in adapted], axis=1).astype(dtype)
+    outputs = [  # each behind zeros for the layers before it, and before such for those behind it
+        mx.pad(layers[i].lora_b, ((0, 0), (ends[i] - len(linears[i].weight), ends[-1] - ends[i])))
+        for i in adapted
+    ]
+    lora.lora_b = mx.concatenate(outputs).astype(dtype)
+    mx.eval(lora.lora_a, lora.lora_b)
+    return lora
+
+
+class Decoder:
+    """`model`, to go on behind the positions in `cache` with one token at a time, of one text.
+
+    The cache's arrays are written in place, so that nobody else should hold them.
+    """
+
+    def __init__(self, model: Model, cache: list[LayerCache] | None = None):
+        self.model = model
+        args, dtype = model.args, model.norm.weight.dtype
+        empty = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype), 0
+        cache = cache or [(empty[0], *empty)] * args.n_layers
+        self.cache = [[keys, values] for keys, values, _ in cache]
+        self.seen = cache[0][2]
+        self.pieces = []  # of each layer, what comes before its attention, and what behind it
+        compiled = (lambda function: function) if ON_CPU else mx.compile
+        for layer in model.layers:
+            attention, feed_forward = layer.attention, layer.feed_forward
+            wqkv = join(attention.wq, attention.wk, attention.wv)
+            w13 = join(feed_forward.w1, feed_forward.w3)
+            mx.clear_cache()  # of the parts
+            before = compiled(partial(self._before_attention, layer, wqkv))
+            self.pieces.append((before, compiled(partial(self._behind_attention, layer, w13))))
+
+    def __call__(self, token: mx.array) -> mx.array:
+        """The logits (1, V) of the token behind `token`, (1, 1) integer."""
+        x = self.model.tok_embeddings(token)  # (1, 1, D)
+        position = self.seen if ON_CPU else mx.array(self.seen)  # or each would be compiled anew
+        if self.seen == self.cache[0][0].shape[2]:
+            self._make_room()
+        self.seen += 1
+        new = slice(None), slice(None), slice(self.seen - 1, self.seen)
+        filled = slice(None), slice(None), slice(0, self.seen)
+        for (before, behind), (keys, values) in zip(self.pieces, self.cache, strict=True):
+            queries, keys[new], values[new] = before(x, position)
+            scale = queries.shape[-1] ** -0.5
+            x = behind(x, attend(queries, keys[filled], values[filled], scale))
+        return self.model.output(self.model.norm(x))[:, -1]
+
+    @staticmethod
+    def _before_attention(
+        layer: TransformerBlock, wqkv: nn.Module, x: mx.array, position: int | mx.array
+    ) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (1, H, 1, head_dim), keys and values (1, K, 1, head_dim) of x (1, 1, D)."""
+        sizes = layer.attention
+        heads = wqkv(layer.attention_norm(x)).reshape(1, -1, 1, sizes.head_dim)
+        rotated, values = mx.split(heads, [sizes.n_heads + sizes.n_kv_heads], axis=1)
+        rotated = rotate(rotated, position, sizes.rope_theta)
+        return *mx.split(rotated, [sizes.n_heads], axis=1), values
+
+    @staticmethod
+    def _behind_attention(
+        layer: TransformerBlock, w13: nn.Module, x: mx.array, attended: mx.array
+    ) -> mx.array:
+        """What the layer makes of x (1, 1, D) and of what attention gives, (1, H, 1, head_dim)."""
+        x = x + layer.attention.wo(attended.reshape(1, 1, -1))
+        gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
+        return x + layer.feed_forward.w2(swiglu(gate, up))
+
+    def _make_room(self) -> None:
+        """Add the next `CACHE_STEP` positions to the cache, which is full."""
+        for arrays in self.cache:
+            batch, n_kv_heads, _, head_dim = arrays[0].shape
+            room = CACHE_STEP - self.seen % CACHE_STEP
+            blank = mx.zeros((batch, n_kv_heads, room, head_dim), arrays[0].dtype)
+            arrays[:] = [mx.concatenate([array, blank], axis=2) for array in arrays]
