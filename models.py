@@ -7,7 +7,6 @@ Shapes in comments: B rows of a batch, L positions, S positions in the key-value
 H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 """
 
-import copy
 import ctypes
 import importlib.metadata
 import math
@@ -95,24 +94,6 @@ def share_blas_threads(n: int) -> None:
         FAST_BLAS.MKL_Set_Num_Threads(max(1, len(available_cores()) // n))
 
 
-# A product with a single vector, as generating takes them, keeps one core busy and no more.
-CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
-
-
-def share_out(multiply: Callable[[slice], mx.array], n_rows: int) -> mx.array:
-    """Join what `multiply` gives for each core's share of the `n_rows` rows of a weight matrix."""
-    share = -(-n_rows // len(CORES))
-    parts = []
-    for core, start in zip(CORES, range(0, n_rows, share), strict=False):
-        with mx.stream(core):
-            parts.append(multiply(slice(start, start + share)))
-    return mx.concatenate(parts, axis=-1)
-
-
-def is_vector(x: mx.array) -> bool:
-    return x.size == x.shape[-1]
-
-
 def exp(x: mx.array) -> mx.array:
     """e to the x. The power, as exact as `mx.exp`, takes a third of its time on a CPU."""
     return mx.power(math.e, x) if ON_CPU else mx.exp(x)
@@ -153,11 +134,6 @@ def swiglu_on_cpu_vjp(
     return cotangent * up * (silu + (1 - silu) / divisor), cotangent * silu
 
 
-@partial(mx.compile, shapeless=True)
-def swiglu_in_one_kernel(gate: mx.array, up: mx.array) -> mx.array:
-    return nn.silu(gate) * up
-
-
 @mx.custom_function
 def swiglu_on_gpu(gate: mx.array, up: mx.array) -> mx.array:
     return gate / (1 + mx.exp(-gate)) * up
@@ -178,10 +154,7 @@ def swiglu_on_gpu_vjp(
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up`."""
-    if ON_CPU:
-        return swiglu_on_cpu(gate, up)[0]
-    # Generating, unlike a step of the training, is not compiled as a whole.
-    return swiglu_in_one_kernel(gate, up) if is_vector(gate) else swiglu_on_gpu(gate, up)
+    return swiglu_on_cpu(gate, up)[0] if ON_CPU else swiglu_on_gpu(gate, up)
 
 
 @mx.custom_function
@@ -380,11 +353,6 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         settings = {"group_size": self.group_size, "bits": self.bits}
         weights = self.weight, self.scales, self.biases
-        if CORES and is_vector(x):
-            return share_out(
-                lambda rows: mx.quantized_matmul(x, *(part[rows] for part in weights), **settings),
-                len(self.weight),
-            )
         if x.size // x.shape[-1] <= FEW_ROWS:
             return super().__call__(x)
 
@@ -404,11 +372,6 @@ class Linear(nn.Linear):
 
     def __init__(self, input_dims: int, output_dims: int):
         super().__init__(input_dims, output_dims, bias=False)
-
-    def __call__(self, x: mx.array) -> mx.array:
-        if CORES and is_vector(x):
-            return share_out(lambda rows: x @ self.weight[rows].T, len(self.weight))
-        return super().__call__(x)
 
     def to_quantized(self, group_size: int, bits: int, **_) -> QuantizedLinear:
         return QuantizedLinear.from_linear(self, group_size, bits)
@@ -576,37 +539,143 @@ class Model(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# Generating: the network once more, arranged for one token at a time. With so little to multiply, a
-# GPU waits for the processor, whose time goes with the number of operations.
+# Generating: the network once more, for one token at a time. With so little to multiply, memory is
+# the limit, and beside a GPU the time that the processor takes to hand out the operations.
+
+CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
+# Weights of fewer bytes are not shared out to the cores: to meet again costs more than it saves.
+WORTH_SHARING, WORTH_SHARING_QUANTIZED = 2**22, 2**18
+
+# A vector times quantized weights, for CUDA, where MLX's own kernel reads them at a third of the
+# memory's speed. A warp takes two rows, which have the vector in common; a thread takes 16 bytes of
+# each at a time, which lie in one group. An integer becomes a float without a conversion, as the
+# last bits of 2**23.
+QUANTIZED_PRODUCT = """
+    constexpr int ROWS = 2;
+    constexpr int PER_WORD = 32 / BITS;
+    constexpr int CHUNK = 4 * PER_WORD;
+    constexpr int VECTOR = 16 / sizeof(T);
+    struct alignas(16) Vector { T values[VECTOR]; };
+
+    int first = (blockIdx.y * blockDim.y + threadIdx.y) * ROWS;
+    if (first >= N) return;
+    size_t rows[ROWS];
+    float sums[ROWS] = {};
+    for (int r = 0; r < ROWS; r++) rows[r] = min(first + r, N - 1);
+    for (int k = threadIdx.x * CHUNK; k < K; k += 32 * CHUNK) {
+        float inputs[CHUNK];
+        float total = 0;
+        for (int i = 0; i < CHUNK; i += VECTOR) {
+            Vector vector = *reinterpret_cast<const Vector*>(x + k + i);
+            for (int j = 0; j < VECTOR; j++) {
+                inputs[i + j] = static_cast<float>(vector.values[j]);
+                total += inputs[i + j];
+            }
+        }
+        for (int r = 0; r < ROWS; r++) {
+            const uint32_t* at = weight + rows[r] * (K / PER_WORD) + k / PER_WORD;
+            uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(at));
+            uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+            float product = 0;
+            for (int i = 0; i < CHUNK; i++) {
+                uint32_t value = words[i / PER_WORD] >> (i % PER_WORD * BITS) & ((1 << BITS) - 1);
+                product += inputs[i] * (__uint_as_float(0x4B000000 | value) - 8388608.0f);
+            }
+            size_t group = rows[r] * (K / GROUP_SIZE) + k / GROUP_SIZE;
+            sums[r] += static_cast<float>(scales[group]) * product;
+            sums[r] += static_cast<float>(biases[group]) * total;
+        }
+    }
+    for (int r = 0; r < ROWS; r++) {
+        for (int distance = 16; distance > 0; distance /= 2) {
+            sums[r] += __shfl_xor_sync(0xffffffff, sums[r], distance);
+        }
+        if (threadIdx.x == 0) out[rows[r]] = static_cast<T>(sums[r]);
+    }
+"""
 
 
-def join(*layers: nn.Module) -> nn.Module:
-    """One layer that gives side by side what several linear layers give for the same input.
+@lru_cache
+def quantized_product_kernel() -> Callable:
+    inputs = ["x", "weight", "scales", "biases"]
+    return mx.fast.cuda_kernel("quantized_product", inputs, ["out"], QUANTIZED_PRODUCT)
 
-    Their weights become parts of its own, so that they take no memory twice. LoRA matrices are
-    joined too, of all layers into one pair, and cast to the dtype of the weights.
+
+def multiply_quantized(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """A vector (1, 1, K) times the transpose of N quantized rows: (1, 1, N)."""
+    settings = {"group_size": group_size, "bits": bits}
+    if not mx.cuda.is_available() or bits not in (4, 8):
+        return mx.quantized_matmul(x, weight, scales, biases, **settings)
+    n_rows, n_columns = len(weight), x.shape[-1]
+    template = {"T": x.dtype, "N": n_rows, "K": n_columns, "BITS": bits, "GROUP_SIZE": group_size}
+    (product,) = quantized_product_kernel()(
+        inputs=[x, weight, scales, biases],
+        template=list(template.items()),
+        grid=(32, -(-n_rows // 2), 1),
+        threadgroup=(32, 4, 1),
+        output_shapes=[(1, 1, n_rows)],
+        output_dtypes=[x.dtype],
+    )
+    return product
+
+
+class VectorProduct:
+    """What linear layers give for the same vector, side by side: (1, 1, D) to (1, 1, all outputs).
+
+    Their weights become parts of one matrix, so that they take no memory twice. LoRA matrices are
+    joined into one pair, in the dtype of the weights.
     """
-    linears = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
-    joined = copy.copy(linears[0])
-    ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
-    for name in linears[0].parameters():  # a quantized layer has three
-        joined[name] = mx.concatenate([linear[name] for linear in linears])
-        mx.eval(joined[name])
-        for linear, part in zip(linears, mx.split(joined[name], ends[:-1]), strict=True):
-            linear[name] = part
-    adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
-    if not adapted:
-        return joined
-    dtype = joined.scales.dtype if isinstance(joined, nn.QuantizedLinear) else joined.weight.dtype
-    lora = LoRALinear.from_linear(joined)
-    lora.lora_a = mx.concatenate([layers[i].lora_a for i in adapted], axis=1).astype(dtype)
-    outputs = [  # each behind zeros for the layers before it, and before such for those behind it
-        mx.pad(layers[i].lora_b, ((0, 0), (ends[i] - len(linears[i].weight), ends[-1] - ends[i])))
-        for i in adapted
-    ]
-    lora.lora_b = mx.concatenate(outputs).astype(dtype)
-    mx.eval(lora.lora_a, lora.lora_b)
-    return lora
+
+    def __init__(self, *layers: nn.Module):
+        linears = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+        ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
+        self.weights = []  # the matrix, or its quantized values, scales and biases
+        for name in linears[0].parameters():
+            joined = mx.concatenate([linear[name] for linear in linears])
+            for linear, part in zip(linears, mx.split(joined, ends[:-1]), strict=True):
+                linear[name] = part
+            self.weights.append(joined)
+        self.multiply, self.worth_sharing = lambda x, weight: x @ weight.T, WORTH_SHARING
+        if isinstance(linears[0], nn.QuantizedLinear):
+            settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
+            self.multiply = partial(multiply_quantized, **settings)
+            self.worth_sharing = WORTH_SHARING_QUANTIZED
+        dtype = self.weights[-1].dtype
+        adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
+        self.lora = []  # the pair
+        if adapted:
+            outputs = [  # of each layer, with zeros for those of the layers before and behind it
+                mx.pad(
+                    layers[i].lora_b,
+                    ((0, 0), (ends[i] - len(linears[i].weight), ends[-1] - ends[i])),
+                )
+                for i in adapted
+            ]
+            inputs = mx.concatenate([layers[i].lora_a for i in adapted], axis=1)
+            self.lora = [inputs.astype(dtype), mx.concatenate(outputs).astype(dtype)]
+        mx.eval(self.weights, self.lora)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self._share_out(x) if CORES else self.multiply(x, *self.weights)
+        if self.lora:
+            inputs, outputs = self.lora
+            y = mx.addmm(y, x @ inputs, outputs, alpha=LORA_SCALE)
+        return y
+
+    def _share_out(self, x: mx.array) -> mx.array:
+        """Have each core multiply with its share of the rows, where these are worth it."""
+        n_rows = len(self.weights[0])
+        if self.weights[0].nbytes < self.worth_sharing:
+            return self.multiply(x, *self.weights)
+        share = -(-n_rows // len(CORES))
+        parts = []
+        for core, start in zip(CORES, range(0, n_rows, share), strict=False):
+            with mx.stream(core):
+                rows = (part[start : start + share] for part in self.weights)
+                parts.append(self.multiply(x, *rows))
+        return mx.concatenate(parts, axis=-1)
 
 
 class Decoder:
@@ -616,25 +685,25 @@ class Decoder:
     """
 
     def __init__(self, model: Model, cache: list[LayerCache] | None = None):
-        self.model = model
         args, dtype = model.args, model.norm.weight.dtype
-        empty = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype), 0
-        cache = cache or [(empty[0], *empty)] * args.n_layers
+        blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype)
+        cache = cache or [(blank, blank, 0)] * args.n_layers
         self.cache = [[keys, values] for keys, values, _ in cache]
         self.seen = cache[0][2]
-        self.pieces = []  # of each layer, what comes before its attention, and what behind it
+        self.scale = args.head_dim**-0.5
+        self.embed, self.norm = model.tok_embeddings, model.norm
+        self.output = VectorProduct(model.output)
+        # What comes before each layer's attention and what behind it. A GPU has each compiled.
         compiled = (lambda function: function) if ON_CPU else mx.compile
-        for layer in model.layers:
-            attention, feed_forward = layer.attention, layer.feed_forward
-            wqkv = join(attention.wq, attention.wk, attention.wv)
-            w13 = join(feed_forward.w1, feed_forward.w3)
-            mx.clear_cache()  # of the parts
-            before = compiled(partial(self._before_attention, layer, wqkv))
-            self.pieces.append((before, compiled(partial(self._behind_attention, layer, w13))))
+        self.pieces = [
+            (compiled(before_attention(layer)), compiled(behind_attention(layer)))
+            for layer in model.layers
+        ]
+        mx.clear_cache()  # of what the joined weights have replaced
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token behind `token`, (1, 1) integer."""
-        x = self.model.tok_embeddings(token)  # (1, 1, D)
+        x = self.embed(token)  # (1, 1, D)
         position = self.seen if ON_CPU else mx.array(self.seen)  # or each would be compiled anew
         if self.seen == self.cache[0][0].shape[2]:
             self._make_room()
@@ -643,34 +712,46 @@ class Decoder:
         filled = slice(None), slice(None), slice(0, self.seen)
         for (before, behind), (keys, values) in zip(self.pieces, self.cache, strict=True):
             queries, keys[new], values[new] = before(x, position)
-            scale = queries.shape[-1] ** -0.5
-            x = behind(x, attend(queries, keys[filled], values[filled], scale))
-        return self.model.output(self.model.norm(x))[:, -1]
-
-    @staticmethod
-    def _before_attention(
-        layer: TransformerBlock, wqkv: nn.Module, x: mx.array, position: int | mx.array
-    ) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries (1, H, 1, head_dim), keys and values (1, K, 1, head_dim) of x (1, 1, D)."""
-        sizes = layer.attention
-        heads = wqkv(layer.attention_norm(x)).reshape(1, -1, 1, sizes.head_dim)
-        rotated, values = mx.split(heads, [sizes.n_heads + sizes.n_kv_heads], axis=1)
-        rotated = rotate(rotated, position, sizes.rope_theta)
-        return *mx.split(rotated, [sizes.n_heads], axis=1), values
-
-    @staticmethod
-    def _behind_attention(
-        layer: TransformerBlock, w13: nn.Module, x: mx.array, attended: mx.array
-    ) -> mx.array:
-        """What the layer makes of x (1, 1, D) and of what attention gives, (1, H, 1, head_dim)."""
-        x = x + layer.attention.wo(attended.reshape(1, 1, -1))
-        gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
-        return x + layer.feed_forward.w2(swiglu(gate, up))
+            x = behind(x, attend(queries, keys[filled], values[filled], self.scale))
+        return self.output(self.norm(x))[:, -1]
 
     def _make_room(self) -> None:
-        """Add the next `CACHE_STEP` positions to the cache, which is full."""
+        """Add positions to the cache, which is full, up to the next multiple of `CACHE_STEP`."""
         for arrays in self.cache:
             batch, n_kv_heads, _, head_dim = arrays[0].shape
             room = CACHE_STEP - self.seen % CACHE_STEP
             blank = mx.zeros((batch, n_kv_heads, room, head_dim), arrays[0].dtype)
             arrays[:] = [mx.concatenate([array, blank], axis=2) for array in arrays]
+
+
+def before_attention(layer: TransformerBlock) -> Callable:
+    """A function that gives queries (1, H, 1, head_dim), keys and values (1, K, 1, head_dim) of
+    x (1, 1, D), which is at `position`.
+    """
+    attention = layer.attention
+    n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
+    wqkv = VectorProduct(attention.wq, attention.wk, attention.wv)
+
+    def before(x: mx.array, position: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        heads = wqkv(layer.attention_norm(x)).reshape(1, -1, 1, attention.head_dim)
+        turned, values = mx.split(heads, [n_heads + n_kv_heads], axis=1)
+        queries, keys = mx.split(rotate(turned, position, attention.rope_theta), [n_heads], axis=1)
+        return queries, keys, values
+
+    return before
+
+
+def behind_attention(layer: TransformerBlock) -> Callable:
+    """A function that gives what the layer makes of x (1, 1, D) and of what its attention gave,
+    (1, H, 1, head_dim).
+    """
+    feed_forward = layer.feed_forward
+    wo, w2 = VectorProduct(layer.attention.wo), VectorProduct(feed_forward.w2)
+    w13 = VectorProduct(feed_forward.w1, feed_forward.w3)
+
+    def behind(x: mx.array, attended: mx.array) -> mx.array:
+        x = x + wo(attended.reshape(1, 1, -1))
+        gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
+        return x + w2(swiglu(gate, up) if ON_CPU else nn.silu(gate) * up)  # one kernel, compiled
+
+    return behind
