@@ -562,6 +562,7 @@ QUANTIZED_PRODUCT = """
     size_t rows[ROWS];
     float sums[ROWS] = {};
     for (int r = 0; r < ROWS; r++) rows[r] = min(first + r, N - 1);
+    #pragma unroll 1
     for (int k = threadIdx.x * CHUNK; k < K; k += 32 * CHUNK) {
         float inputs[CHUNK];
         float total = 0;
