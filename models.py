@@ -110,7 +110,12 @@ def row_max(x: mx.array) -> mx.array:
 
 def row_sum(x: mx.array) -> mx.array:
     """The sum over the last axis, which is kept with size 1; a product is a CPU's fastest way."""
-    return x @ mx.ones((x.shape[-1], 1), x.dtype)
+    return x @ column_of_ones(x.shape[-1], x.dtype)
+
+
+@lru_cache
+def column_of_ones(n: int, dtype: mx.Dtype) -> mx.array:
+    return mx.array(np.ones((n, 1)), dtype)
 
 
 # The two functions below exist twice. A CPU keeps what the gradient needs; for a GPU an exponential
@@ -244,6 +249,15 @@ def attend_on_cpu_vjp(
     )
 
 
+@lru_cache(maxsize=16)  # what the layers have in common
+def causal_mask(n: int, seen: int, n_sharing: int, dtype: mx.Dtype) -> mx.array:
+    """What to add to the scores of the last `n` of `seen` positions, for each of the heads that
+    share a key head: (n_sharing * n, seen) of zeros, and of minus infinity where keys come later.
+    """
+    is_later = np.arange(seen) > np.arange(seen - n, seen)[:, None]
+    return mx.array(np.tile(np.where(is_later, -np.inf, 0), (n_sharing, 1)), dtype)
+
+
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
     """Scaled dot-product attention, in which the last query sees all keys, and earlier ones less.
 
@@ -261,12 +275,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
         seen = positions - length + start + n
         # The queries that share a key head are one matrix: (B, K, H / K * n, head_dim).
         block = block.reshape(batch, n_kv_heads, -1, head_dim)
-        if n == 1:  # which sees all
-            mask = mx.zeros((1, 1), block.dtype)
-        else:
-            is_seen = mx.arange(seen - n, seen)[:, None] >= mx.arange(seen)
-            mask = mx.where(is_seen, 0.0, -math.inf).astype(block.dtype)
-            mask = mx.tile(mask, (n_heads // n_kv_heads, 1))
+        mask = causal_mask(n, seen, n_heads // n_kv_heads, block.dtype)
         out, *_ = attend_on_cpu(block, keys[:, :, :seen], values[:, :, :seen], mask)
         blocks.append(out.reshape(batch, n_heads, n, head_dim))
     return mx.concatenate(blocks, axis=2)
