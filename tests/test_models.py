@@ -6,11 +6,12 @@ import torch
 import transformers
 from conftest import TINY
 
-from models import Linear, LoRALinear, Model, ModelArgs
+import models
+from models import Decoder, Linear, LoRALinear, Model, ModelArgs
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 import lora
 
@@ -126,6 +127,40 @@ def test_two_continuations_of_one_cache_do_not_disturb_each_other():
     at_once, _ = model(mx.array(TOKENS[:, :11]))
     np.testing.assert_allclose(again[:, 0], at_once[:, 10], atol=1e-4, rtol=0)
     np.testing.assert_allclose(first[:, 0], at_once[:, 9], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one core", "all cores"])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+@pytest.mark.parametrize("bits", [16, 8, 4, 3])
+def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
+    bits, adapted, shared, monkeypatch
+):
+    if shared:
+        monkeypatch.setattr(models, "WORTH_SHARING", 0)
+        monkeypatch.setattr(models, "WORTH_SHARING_QUANTIZED", 0)
+    _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
+    if bits < 16:
+        linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
+        nn.quantize(model, 32, bits, class_predicate=linear)
+    if adapted:
+        lora.add_lora(model, [1, 2])
+        for layer in model.layers[1:]:
+            for adapter in (layer.attention.wq, layer.attention.wv):
+                adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.1
+    before = {name: np.array(value) for name, value in tree_flatten(model.parameters())}
+    tokens = mx.array(np.random.default_rng(1).integers(0, 300, (1, 270)))
+    at_once, _ = model(tokens)
+
+    _, cache = model(tokens[:, :250])
+    decoder = Decoder(model, cache)
+    logits = [decoder(tokens[:, i : i + 1]) for i in range(250, 270)]  # the cache grows at 256
+    np.testing.assert_allclose(mx.stack(logits, 1), at_once[:, 250:], atol=2e-4, rtol=0)
+    decoder = Decoder(model)
+    np.testing.assert_allclose(decoder(tokens[:, :1]), at_once[:, 0], atol=2e-4, rtol=0)
+
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == before.keys()
+    assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
 def add_lora_to_both(
