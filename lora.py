@@ -1254,8 +1254,6 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     how fast that was to standard error.
     """
     open_streams(1)  # after training, all cores for one product again
-    matrices, dtype = model.trainable_parameters(), model.norm.weight.dtype
-    model.update(tree_map(lambda m: m.astype(dtype), matrices))  # once, not for every token
     mx.reset_peak_memory()
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token
@@ -1266,7 +1264,6 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
         print(piece, end="", flush=True)
     print(flush=True)
-    model.update(matrices)
     speed = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
     print(
         f"Prompt: {len(prompt_ids)} tokens, {len(prompt_ids) / (times[1] - times[0]):.3f} "
@@ -1285,12 +1282,11 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
 
 def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
     """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
-
     prompt, cache = mx.array([prompt_ids]), None
     for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
         _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
         mx.eval(cache)
-    share_blas_threads(max(1, len(CORES)))  # from here on the model shares each product out itself
+    share_blas_threads(max(1, len(CORES)))  # the decoder shares large products out itself
     decoder = Decoder(model, cache)
 
     def step(ids: mx.array) -> mx.array:
