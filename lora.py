@@ -39,7 +39,6 @@ from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
 from models import (
-    CORES,
     FAST_BLAS,
     ON_CPU,
     Decoder,
@@ -49,7 +48,6 @@ from models import (
     available_cores,
     cross_entropy,
     open_streams,
-    share_blas_threads,
 )
 
 import mlx.core as mx
@@ -1286,7 +1284,6 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
     for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
         _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
         mx.eval(cache)
-    share_blas_threads(max(1, len(CORES)))  # the decoder shares large products out itself
     decoder = Decoder(model, cache)
 
     def step(ids: mx.array) -> mx.array:

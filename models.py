@@ -83,15 +83,11 @@ def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
     keep_freed_memory()
-    n = min(n, max(1, len(available_cores()) // n_sharing))
-    share_blas_threads(n * n_sharing)
-    return [mx.new_stream(mx.cpu) for _ in range(n)]
-
-
-def share_blas_threads(n: int) -> None:
-    """Let the BLAS use as many threads as it may, so that `n` streams can each multiply at once."""
+    n_cores = len(available_cores())
+    n = min(n, max(1, n_cores // n_sharing))
     if FAST_BLAS:
-        FAST_BLAS.MKL_Set_Num_Threads(max(1, len(available_cores()) // n))
+        FAST_BLAS.MKL_Set_Num_Threads(max(1, n_cores // (n * n_sharing)))
+    return [mx.new_stream(mx.cpu) for _ in range(n)]
 
 
 def exp(x: mx.array) -> mx.array:
@@ -551,9 +547,9 @@ class Model(nn.Module):
 # Generating: the network once more, for one token at a time. With so little to multiply, memory is
 # the limit, and beside a GPU the time that the processor takes to hand out the operations.
 
+# On a CPU, MLX's own product with quantized weights keeps one core busy and no more.
 CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
-# Weights of fewer bytes are not shared out to the cores: to meet again costs more than it saves.
-WORTH_SHARING, WORTH_SHARING_QUANTIZED = 2**22, 2**18
+WORTH_SHARING = 2**18  # bytes of weights; for fewer, to meet again costs more than cores save
 
 # A vector times quantized weights, for CUDA, where MLX's own kernel reads them at a third of the
 # memory's speed. A warp takes two rows, which have the vector in common; a thread takes 16 bytes of
@@ -615,10 +611,17 @@ def multiply_quantized(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
     """A vector (1, 1, K) times the transpose of N quantized rows: (1, 1, N)."""
-    settings = {"group_size": group_size, "bits": bits}
-    if not mx.cuda.is_available() or bits not in (4, 8):
-        return mx.quantized_matmul(x, weight, scales, biases, **settings)
+    multiply = partial(mx.quantized_matmul, x, group_size=group_size, bits=bits)
     n_rows, n_columns = len(weight), x.shape[-1]
+    if CORES and weight.nbytes >= WORTH_SHARING:
+        share, parts = -(-n_rows // len(CORES)), []
+        for core, start in zip(CORES, range(0, n_rows, share), strict=False):
+            rows = slice(start, start + share)
+            with mx.stream(core):
+                parts.append(multiply(weight[rows], scales[rows], biases[rows]))
+        return mx.concatenate(parts, axis=-1)
+    if not mx.cuda.is_available() or bits not in (4, 8):
+        return multiply(weight, scales, biases)
     template = {"T": x.dtype, "N": n_rows, "K": n_columns, "BITS": bits, "GROUP_SIZE": group_size}
     (product,) = quantized_product_kernel()(
         inputs=[x, weight, scales, biases],
@@ -647,11 +650,10 @@ class VectorProduct:
             for linear, part in zip(linears, mx.split(joined, ends[:-1]), strict=True):
                 linear[name] = part
             self.weights.append(joined)
-        self.multiply, self.worth_sharing = lambda x, weight: x @ weight.T, WORTH_SHARING
+        self.multiply = lambda x, weight: x @ weight.T
         if isinstance(linears[0], nn.QuantizedLinear):
             settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
             self.multiply = partial(multiply_quantized, **settings)
-            self.worth_sharing = WORTH_SHARING_QUANTIZED
         dtype = self.weights[-1].dtype
         adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
         self.lora = []  # the pair
@@ -668,24 +670,11 @@ class VectorProduct:
         mx.eval(self.weights, self.lora)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._share_out(x) if CORES else self.multiply(x, *self.weights)
+        y = self.multiply(x, *self.weights)
         if self.lora:
             inputs, outputs = self.lora
             y = mx.addmm(y, x @ inputs, outputs, alpha=LORA_SCALE)
         return y
-
-    def _share_out(self, x: mx.array) -> mx.array:
-        """Have each core multiply with its share of the rows, where these are worth it."""
-        n_rows = len(self.weights[0])
-        if self.weights[0].nbytes < self.worth_sharing:
-            return self.multiply(x, *self.weights)
-        share = -(-n_rows // len(CORES))
-        parts = []
-        for core, start in zip(CORES, range(0, n_rows, share), strict=False):
-            with mx.stream(core):
-                rows = (part[start : start + share] for part in self.weights)
-                parts.append(self.multiply(x, *rows))
-        return mx.concatenate(parts, axis=-1)
 
 
 class Decoder:

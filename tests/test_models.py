@@ -137,7 +137,6 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
 ):
     if shared:
         monkeypatch.setattr(models, "WORTH_SHARING", 0)
-        monkeypatch.setattr(models, "WORTH_SHARING_QUANTIZED", 0)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
