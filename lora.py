@@ -42,6 +42,7 @@ from models import (
     FAST_BLAS,
     ON_CPU,
     Decoder,
+    LayerCache,
     LoRALinear,
     Model,
     ModelArgs,
@@ -1278,13 +1279,18 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
         yield item
 
 
+def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
+    """The key-value cache behind `ids`, which go through the model in pieces; None without any."""
+    cache = None
+    for start in range(0, len(ids), PREFILL):
+        _, cache = model(mx.array([ids[start : start + PREFILL]]), cache)
+        mx.eval(cache)  # and nothing that only the logits need
+    return cache
+
+
 def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
     """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
-    prompt, cache = mx.array([prompt_ids]), None
-    for start in range(0, len(prompt_ids) - 1, PREFILL):  # all but the last, without its logits
-        _, cache = model(prompt[:, :-1][:, start : start + PREFILL], cache)
-        mx.eval(cache)
-    decoder = Decoder(model, cache)
+    decoder = Decoder(model, read_prompt(model, prompt_ids[:-1]))
 
     def step(ids: mx.array) -> mx.array:
         logits = decoder(ids).astype(mx.float32)
@@ -1292,7 +1298,7 @@ def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[i
         mx.async_eval(token)
         return token
 
-    token = step(prompt[:, -1:])
+    token = step(mx.array([prompt_ids[-1:]]))
     while True:
         # The device computes the next token while the caller works with this one.
         following = step(token[:, None])

@@ -552,9 +552,9 @@ CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
 WORTH_SHARING = 2**18  # bytes of weights; for fewer, to meet again costs more than cores save
 
 # A vector times quantized weights, for CUDA, where MLX's own kernel reads them at a third of the
-# memory's speed. A warp takes two rows, which have the vector in common; a thread takes 16 bytes of
-# each at a time, which lie in one group. An integer becomes a float without a conversion, as the
-# last bits of 2**23.
+# memory's speed. x (K), weight (N, K / PER_WORD), scales and biases (N, K / GROUP_SIZE), out (N).
+# A warp takes two rows, for which it reads x once; a thread takes 16 bytes of each at a time, which
+# lie in one group. An integer becomes a float without a conversion, as the last bits of 2**23.
 QUANTIZED_PRODUCT = """
     constexpr int ROWS = 2;
     constexpr int PER_WORD = 32 / BITS;
@@ -668,6 +668,7 @@ class VectorProduct:
             inputs = mx.concatenate([layers[i].lora_a for i in adapted], axis=1)
             self.lora = [inputs.astype(dtype), mx.concatenate(outputs).astype(dtype)]
         mx.eval(self.weights, self.lora)
+        mx.clear_cache()  # of what the joined weights have replaced
 
     def __call__(self, x: mx.array) -> mx.array:
         y = self.multiply(x, *self.weights)
@@ -698,7 +699,6 @@ class Decoder:
             (compiled(before_attention(layer)), compiled(behind_attention(layer)))
             for layer in model.layers
         ]
-        mx.clear_cache()  # of what the joined weights have replaced
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token behind `token`, (1, 1) integer."""
