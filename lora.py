@@ -59,8 +59,9 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 BROKEN_STEPS = 3  # so many in a row that are not finite end the training
-ADAPTER_KEY = re.compile(r"layers\.(\d+)\.attention\.(wq|wv)\.lora_[ab]")
+ADAPTER_KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.attention\.(wq|wv)\.lora_[ab]")
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
@@ -96,7 +97,7 @@ def number(kind: type, accept: Callable[[float], bool], expected: str) -> Callab
 
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script, each documented beside its default."""
-    count = number(int, lambda n: n >= 1, "a whole number of at least 1")
+    count = number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
     length = number(int, lambda n: n >= 2, "a whole number of at least 2")
     batches = number(
         int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
@@ -180,6 +181,8 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     if args.prompt == "-" and n_ranks > 1:
         raise ValueError("--prompt - never ends under a launcher: give the text itself")
     if args.prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt - reads standard input, which is closed")
         args.prompt = sys.stdin.read()
     if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
@@ -441,7 +444,8 @@ def prepare_alike(
 class Tokenizer:
     """A SentencePiece model (Kudo and Richardson, 2018) from a `tokenizer.model` file.
 
-    Raises FileNotFoundError or ValueError when the file is missing or is no SentencePiece model.
+    Raises FileNotFoundError or ValueError when the file is missing, is no SentencePiece model, or
+    lacks the tokens that begin and end a text.
     """
 
     def __init__(self, model_path: str | Path):
@@ -451,6 +455,8 @@ class Tokenizer:
             self._model = SentencePieceProcessor(model_file=str(model_path))
         except RuntimeError as error:
             raise ValueError(f"{model_path} is not a SentencePiece model: {error}") from error
+        if min(self._model.bos_id(), self.eos_id) < 0:
+            raise ValueError(f"{model_path} has no token for the beginning or the end of a text")
 
     @property
     def eos_id(self) -> int:
@@ -1257,7 +1263,8 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token
     print(prompt, end="", flush=True)
-    ids = timed(generate_ids(model, prompt_ids, args.temp), times)
+    ids = generate_ids(model, prompt_ids, args.temp, tokenizer.vocab_size)
+    ids = timed(ids, times)
     ids = itertools.islice(ids, args.num_tokens)
     ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
     for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
@@ -1288,20 +1295,28 @@ def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
     return cache
 
 
-def generate_ids(model: Model, prompt_ids: list[int], temp: float) -> Iterator[int]:
-    """Yield the ids that the model puts behind the prompt, for ever. `temp` 0 is greedy."""
+def generate_ids(
+    model: Model, prompt_ids: list[int], temp: float, n_ids: int | None = None
+) -> Iterator[int]:
+    """Yield the ids that the model puts behind the prompt, for ever, of the first `n_ids` that it
+    has, by default all. `temp` 0 is greedy. Raises FloatingPointError where the first logits are
+    not finite.
+    """
     decoder = Decoder(model, read_prompt(model, prompt_ids[:-1]))
 
-    def step(ids: mx.array) -> mx.array:
-        logits = decoder(ids).astype(mx.float32)
-        token = mx.random.categorical(logits / temp) if temp > 0 else logits.argmax(-1)
+    def step(ids: mx.array) -> tuple[mx.array, mx.array]:
+        logits = decoder(ids)[:, :n_ids].astype(mx.float32)
+        greedy = temp < COLD
+        token = logits.argmax(-1) if greedy else mx.random.categorical(logits / temp)
         mx.async_eval(token)
-        return token
+        return token, logits
 
-    token = step(mx.array([prompt_ids[-1:]]))
+    token, logits = step(mx.array([prompt_ids[-1:]]))
+    if not mx.isfinite(logits).all():
+        raise FloatingPointError("the model's logits are not finite: give another --dtype")
     while True:
         # The device computes the next token while the caller works with this one.
-        following = step(token[:, None])
+        following, _ = step(token[:, None])
         yield token.item()
         token = following
 
@@ -1420,7 +1435,9 @@ def read_adapter(path: str | Path, ranks: Ranks = ALONE) -> dict[str, np.ndarray
             raise ValueError(f"{path} holds {name}, which is no LoRA matrix of wq or wv")
         if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
             raise ValueError(f"{name} in {path} is not a matrix of floats")
-        if not np.isfinite(matrix).all():
+        with np.errstate(over="ignore"):
+            matrices[name] = matrix.astype(np.float32)
+        if not np.isfinite(matrices[name]).all():
             raise ValueError(f"{name} in {path} is not finite: train again")
     if not matrices:
         raise ValueError(f"{path} holds no LoRA matrices: make them with --train")
@@ -1558,6 +1575,9 @@ COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, Key
 
 
 def main() -> None:
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     try:
         if launched_rank():  # for all ranks but the first
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, wri
 from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
+from sentencepiece import sentencepiece_model_pb2
 
 import lora
 from models import Model, ModelArgs
@@ -475,6 +477,50 @@ def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
         assert list(islice(lora.generate_ids(model, ids, 0), 8)) == whole
 
 
+def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_path):
+    padded = Model(ModelArgs(**{**TINY, "vocab_size": 64000}))  # half of the ids have no text
+    folder = write_model(tmp_path, padded, vocab_size=64000)
+    process = run_script(
+        "lora.py", "--model", folder, "--no-adapter", "--prompt", "hi", "-n", "40", "--temp", "5"
+    )
+    assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize("temp", [1e-5, 1e-29, 1e-45, 5e-324])
+def test_next_to_no_temperature_is_greedy(tiny_model, temp):
+    model, tokenizer = load_tiny(tiny_model)
+    ids = tokenizer.encode("Hello")
+    greedy = list(islice(lora.generate_ids(model, ids, 0), 8))
+    assert list(islice(lora.generate_ids(model, ids, temp), 8)) == greedy
+
+
+def test_logits_that_are_not_finite_are_a_failure_and_no_text(tmp_path):
+    model = Model(ModelArgs(**TINY))
+    model.norm.weight = model.norm.weight * math.nan
+    folder = write_model(tmp_path, model)
+    process = run_script("lora.py", "--model", folder, "--no-adapter", "--prompt", "hi")
+    assert process.returncode == 1
+    assert process.stderr.startswith("lora.py: error: the model's logits are not finite")
+
+
+def test_a_closed_standard_stream_is_no_traceback(tiny_model):
+    flags = ("--model", tiny_model, "--no-adapter", "-n", "2", "--prompt")
+    command = shlex.join(map(str, (sys.executable, ROOT / "lora.py", *flags)))
+    for redirected, status in ((f"{command} hi >&-", 0), (f"{command} - <&-", 2)):
+        process = subprocess.run(["bash", "-c", redirected], stderr=subprocess.PIPE, text=True)
+        assert process.returncode == status, process.stderr
+        assert "Traceback" not in process.stderr
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(tiny_model):
+    process = run_script(
+        "lora.py", "--model", tiny_model, "--no-adapter", "--prompt", "é🦙", "-n", "2",
+        PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    assert "Generating\n??" in process.stdout
+
+
 def test_generating_does_not_copy_the_cache(tiny_model):
     """On a CPU a copy, 1 MB a layer for keys and values here, would show in the peak."""
     model, tokenizer = load_tiny(tiny_model)
@@ -691,6 +737,29 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_with_the_figure(tiny_mo
     assert re.fullmatch(
         r"lora.py: error: the weights take \d+\.\d GiB of memory and \d+\.\d are free: .*\n",
         process.stderr,
+    )
+
+
+def test_adapters_of_any_byte_order_are_read_and_what_float32_does_not_hold_is_one_line(
+    tiny_model, trained, tmp_path
+):
+    with np.load(trained[1]) as archive:
+        matrices = dict(archive)
+    np.savez(tmp_path / "big-endian.npz", **{n: m.astype(">f4") for n, m in matrices.items()})
+    read = lora.read_adapter(tmp_path / "big-endian.npz")
+    assert all(np.array_equal(read[name], matrices[name]) for name in matrices)
+    huge = {name: np.full(m.shape, 1e300) for name, m in matrices.items()}
+    np.savez(tmp_path / "huge.npz", **huge)
+    flags = ("--model", tiny_model, "--adapter-file", tmp_path / "huge.npz", "--prompt", "hi")
+    assert "is not finite" in error_of(*flags)
+
+
+def test_a_tokenizer_without_a_beginning_or_end_is_one_line(tiny_model, tmp_path):
+    proto = sentencepiece_model_pb2.ModelProto.FromString(MISTRAL_TOKENIZER.read_bytes())
+    proto.trainer_spec.bos_piece = "none such"
+    folder = edited(tiny_model, tmp_path, "tokenizer.model", proto.SerializeToString())
+    assert "no token for the beginning" in error_of(
+        "--model", folder, "--no-adapter", "--prompt", "hi"
     )
 
 
