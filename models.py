@@ -634,6 +634,21 @@ def multiply_quantized(
     return product
 
 
+def join_lora(layers: tuple[nn.Module, ...], ends: list[int]) -> list[mx.array]:
+    """One pair of LoRA matrices for layers of which each gives the outputs up to its end in `ends`:
+    (D, all ranks) and (all ranks, all outputs); nothing where no layer is adapted.
+    """
+    pairs = []
+    for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
+        if isinstance(layer, LoRALinear):
+            others = (0, 0), (start, ends[-1] - end)  # whose outputs it leaves as they are
+            pairs.append((layer.lora_a, mx.pad(layer.lora_b, others)))
+    if not pairs:
+        return []
+    inputs, outputs = zip(*pairs, strict=True)
+    return [mx.concatenate(inputs, axis=1), mx.concatenate(outputs)]
+
+
 class VectorProduct:
     """What linear layers give for the same vector, side by side: (1, 1, D) to (1, 1, all outputs).
 
@@ -654,19 +669,7 @@ class VectorProduct:
         if isinstance(linears[0], nn.QuantizedLinear):
             settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
             self.multiply = partial(multiply_quantized, **settings)
-        dtype = self.weights[-1].dtype
-        adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoRALinear)]
-        self.lora = []  # the pair
-        if adapted:
-            outputs = [  # of each layer, with zeros for those of the layers before and behind it
-                mx.pad(
-                    layers[i].lora_b,
-                    ((0, 0), (ends[i] - len(linears[i].weight), ends[-1] - ends[i])),
-                )
-                for i in adapted
-            ]
-            inputs = mx.concatenate([layers[i].lora_a for i in adapted], axis=1)
-            self.lora = [inputs.astype(dtype), mx.concatenate(outputs).astype(dtype)]
+        self.lora = [matrix.astype(self.weights[-1].dtype) for matrix in join_lora(layers, ends)]
         mx.eval(self.weights, self.lora)
         mx.clear_cache()  # of what the joined weights have replaced
 
