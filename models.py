@@ -652,29 +652,33 @@ def join_lora(layers: tuple[nn.Module, ...], ends: list[int]) -> list[mx.array]:
 class VectorProduct:
     """What linear layers give for the same vector, side by side: (1, 1, D) to (1, 1, all outputs).
 
-    Their weights become parts of one matrix, so that they take no memory twice. LoRA matrices are
-    joined into one pair, in the dtype of the weights.
+    For a GPU their weights become parts of one matrix, so that they take no memory twice. LoRA
+    matrices are joined into one pair, in the dtype of the weights.
     """
 
     def __init__(self, *layers: nn.Module):
         linears = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
         ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
-        self.weights = []  # the matrix, or its quantized values, scales and biases
-        for name in linears[0].parameters():
-            joined = mx.concatenate([linear[name] for linear in linears])
-            for linear, part in zip(linears, mx.split(joined, ends[:-1]), strict=True):
-                linear[name] = part
-            self.weights.append(joined)
+        names = list(linears[0].parameters())  # the weights, quantized with scales and biases
+        self.weights = [[linear[name] for name in names] for linear in linears]
+        if not ON_CPU:  # where a product more costs less than to copy the weights
+            joined = [mx.concatenate(arrays) for arrays in zip(*self.weights, strict=True)]
+            for name, whole in zip(names, joined, strict=True):
+                for linear, part in zip(linears, mx.split(whole, ends[:-1]), strict=True):
+                    linear[name] = part
+            self.weights = [joined]
         self.multiply = lambda x, weight: x @ weight.T
         if isinstance(linears[0], nn.QuantizedLinear):
             settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
             self.multiply = partial(multiply_quantized, **settings)
-        self.lora = [matrix.astype(self.weights[-1].dtype) for matrix in join_lora(layers, ends)]
+        dtype = self.weights[0][-1].dtype
+        self.lora = [matrix.astype(dtype) for matrix in join_lora(layers, ends)]
         mx.eval(self.weights, self.lora)
         mx.clear_cache()  # of what the joined weights have replaced
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.multiply(x, *self.weights)
+        products = [self.multiply(x, *weights) for weights in self.weights]
+        y = mx.concatenate(products, axis=-1)
         if self.lora:
             inputs, outputs = self.lora
             y = mx.addmm(y, x @ inputs, outputs, alpha=LORA_SCALE)

@@ -1,5 +1,7 @@
 """The network, against transformers' Llama and against arithmetic by hand."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -129,14 +131,18 @@ def test_two_continuations_of_one_cache_do_not_disturb_each_other():
     np.testing.assert_allclose(first[:, 0], at_once[:, 9], atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shared", [False, True], ids=["one core", "all cores"])
+@pytest.mark.parametrize("way", ["one core", "all cores", "as on a GPU"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("bits", [16, 8, 4, 3])
 def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
-    bits, adapted, shared, monkeypatch
+    bits, adapted, way, monkeypatch
 ):
-    if shared:
+    if way == "all cores":
         monkeypatch.setattr(models, "WORTH_SHARING", 0)
+    if way == "as on a GPU":
+        if models.ON_CPU and not shutil.which("g++"):
+            pytest.skip("MLX compiles for a CPU with g++")
+        monkeypatch.setattr(models, "ON_CPU", False)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
