@@ -463,6 +463,16 @@ class Attention(nn.Module):
         return x.reshape(*x.shape[:2], n_heads, self.head_dim).transpose(0, 2, 1, 3)
 
 
+def with_room(array: mx.array, seen: int, needed: int) -> mx.array:
+    """The first `seen` positions of a cache's array, and blank ones up to the multiple of
+    `CACHE_STEP` that holds `needed`.
+    """
+    batch, n_kv_heads, _, head_dim = array.shape
+    room = -(-needed // CACHE_STEP) * CACHE_STEP - seen
+    blank = mx.zeros((batch, n_kv_heads, room, head_dim), array.dtype)
+    return mx.concatenate([array[:, :, :seen], blank], axis=2)
+
+
 def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> LayerCache:
     """Append the keys and values (B, K, L, head_dim) of new positions to a layer's cache.
 
@@ -473,11 +483,7 @@ def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> 
     old_keys, old_values, seen = cache
     filled = seen + keys.shape[2]
     if filled > old_keys.shape[2]:
-        batch, n_kv_heads, _, head_dim = keys.shape
-        room = -(-filled // CACHE_STEP) * CACHE_STEP - seen
-        blank = mx.zeros((batch, n_kv_heads, room, head_dim), keys.dtype)
-        old_keys = mx.concatenate([old_keys[:, :, :seen], blank], axis=2)
-        old_values = mx.concatenate([old_values[:, :, :seen], blank], axis=2)
+        old_keys, old_values = (with_room(array, seen, filled) for array in (old_keys, old_values))
     old_keys, old_values = old_keys[...], old_values[...]  # names of their own: theirs stay as is
     old_keys[:, :, seen:filled] = keys
     old_values[:, :, seen:filled] = values
@@ -711,23 +717,16 @@ class Decoder:
         """The logits (1, V) of the token behind `token`, (1, 1) integer."""
         x = self.embed(token)  # (1, 1, D)
         position = self.seen if ON_CPU else mx.array(self.seen)  # or each would be compiled anew
-        if self.seen == self.cache[0][0].shape[2]:
-            self._make_room()
         self.seen += 1
+        if self.seen > self.cache[0][0].shape[2]:
+            for arrays in self.cache:
+                arrays[:] = [with_room(array, self.seen - 1, self.seen) for array in arrays]
         new = slice(None), slice(None), slice(self.seen - 1, self.seen)
         filled = slice(None), slice(None), slice(0, self.seen)
         for (before, behind), (keys, values) in zip(self.pieces, self.cache, strict=True):
             queries, keys[new], values[new] = before(x, position)
             x = behind(x, attend(queries, keys[filled], values[filled], self.scale))
         return self.output(self.norm(x))[:, -1]
-
-    def _make_room(self) -> None:
-        """Add positions to the cache, which is full, up to the next multiple of `CACHE_STEP`."""
-        for arrays in self.cache:
-            batch, n_kv_heads, _, head_dim = arrays[0].shape
-            room = CACHE_STEP - self.seen % CACHE_STEP
-            blank = mx.zeros((batch, n_kv_heads, room, head_dim), arrays[0].dtype)
-            arrays[:] = [mx.concatenate([array, blank], axis=2) for array in arrays]
 
 
 def before_attention(layer: TransformerBlock) -> Callable:
