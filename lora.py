@@ -1458,9 +1458,6 @@ def count_parameters(model: Model) -> int:
 
 def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Do what the flags ask for, in the order train, test, generate."""
-    if args.train and mx.cuda.is_available():
-        # In smaller portions than MLX's own, work that waits holds a quarter less memory.
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200")
     mx.random.seed(args.seed)
     np.random.seed(args.seed)
     if ON_CPU and not FAST_BLAS:
