@@ -187,25 +187,6 @@ def cross_entropy_on_cpu_vjp(
     return gradient.reshape(powers.shape), mx.zeros_like(targets)
 
 
-@mx.custom_function
-def cross_entropy_on_gpu(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    log_sum = mx.logsumexp(logits.astype(mx.float32), -1, keepdims=True)
-    chosen = mx.take_along_axis(logits, targets[..., None], -1)
-    return (log_sum - chosen).squeeze(-1), log_sum
-
-
-@cross_entropy_on_gpu.vjp
-def cross_entropy_on_gpu_vjp(
-    primals: tuple[mx.array, mx.array],
-    cotangents: tuple[mx.array, mx.array],
-    outputs: tuple[mx.array, mx.array],
-) -> tuple[mx.array, mx.array]:
-    (logits, targets), (weights, _), (_, log_sum) = primals, cotangents, outputs
-    is_target = mx.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-    gradient = (mx.exp(logits.astype(mx.float32) - log_sum) - is_target) * weights[..., None]
-    return gradient.astype(logits.dtype), mx.zeros_like(targets)
-
-
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """Minus the log-probability, in nats and float32, of each target.
 
@@ -214,7 +195,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     """
     if ON_CPU:
         return cross_entropy_on_cpu(logits.astype(mx.float32), targets)[0]
-    return cross_entropy_on_gpu(logits, targets)[0]
+    return mx.fast.cross_entropy(logits, targets)
 
 
 @mx.custom_function
