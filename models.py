@@ -397,7 +397,7 @@ class LoRALinear(nn.Module):
         y = self.linear(x)
         # The float32 matrices are cast: as they are, they would make everything after it float32.
         a, b = self.lora_a.astype(y.dtype), self.lora_b.astype(y.dtype)
-        return mx.addmm(y, x @ a, b, alpha=LORA_SCALE)
+        return mx.addmm(y, x @ a, b * LORA_SCALE)
 
 
 class RMSNorm(nn.Module):
