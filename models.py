@@ -545,6 +545,7 @@ WORTH_SHARING = 2**18  # bytes of weights; for fewer, to meet again costs more t
 
 # A vector times quantized weights, for CUDA, where MLX's own kernel reads them at a third of the
 # memory's speed. x (K), weight (N, K / PER_WORD), scales and biases (N, K / GROUP_SIZE), out (N).
+# N and K are no constants, so that a model takes one kernel: each process compiles its own anew.
 # A warp takes two rows, for which it reads x once; a thread takes 16 bytes of each at a time, which
 # lie in one group. An integer becomes a float without a conversion, as the last bits of 2**23.
 QUANTIZED_PRODUCT = """
@@ -554,6 +555,7 @@ QUANTIZED_PRODUCT = """
     constexpr int VECTOR = 16 / sizeof(T);
     struct alignas(16) Vector { T values[VECTOR]; };
 
+    int N = weight_shape[0], K = weight_shape[1] * PER_WORD;
     int first = (blockIdx.y * blockDim.y + threadIdx.y) * ROWS;
     if (first >= N) return;
     size_t rows[ROWS];
@@ -604,7 +606,7 @@ def multiply_quantized(
 ) -> mx.array:
     """A vector (1, 1, K) times the transpose of N quantized rows: (1, 1, N)."""
     multiply = partial(mx.quantized_matmul, x, group_size=group_size, bits=bits)
-    n_rows, n_columns = len(weight), x.shape[-1]
+    n_rows = len(weight)
     if CORES and weight.nbytes >= WORTH_SHARING:
         share, parts = -(-n_rows // len(CORES)), []
         for core, start in zip(CORES, range(0, n_rows, share), strict=False):
@@ -614,7 +616,7 @@ def multiply_quantized(
         return mx.concatenate(parts, axis=-1)
     if not mx.cuda.is_available() or bits not in (4, 8):
         return multiply(weight, scales, biases)
-    template = {"T": x.dtype, "N": n_rows, "K": n_columns, "BITS": bits, "GROUP_SIZE": group_size}
+    template = {"T": x.dtype, "BITS": bits, "GROUP_SIZE": group_size}
     (product,) = quantized_product_kernel()(
         inputs=[x, weight, scales, biases],
         template=list(template.items()),
