@@ -264,44 +264,49 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
 
 
 @lru_cache(maxsize=2)
-def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.array, ...]:
-    """Cosines and sines (length, head_dim) of the angles by which positions from `offset` on are
-    turned, and the matrix that makes a pair of channels (a, b) into (-b, a), each pair's turn by a
-    right angle.
+def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
+    """Cosines and sines (length, 1, head_dim) of the angles by which positions from `offset` on are
+    turned.
     """
     frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(offset, offset + length)[:, None] * frequencies.repeat(2)
-    right_angle = np.kron(np.eye(head_dim // 2), [[0, 1], [-1, 0]])
-    tables = (np.cos(angles), np.sin(angles), right_angle)
-    return tuple(mx.array(table, mx.float32) for table in tables)
+    angles = np.arange(offset, offset + length)[:, None, None] * frequencies.repeat(2)
+    return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
+
+
+@lru_cache
+def right_angle(head_dim: int, dtype: mx.Dtype) -> mx.array:
+    """The matrix that makes a pair of channels (a, b) into (-b, a), its turn by a right angle."""
+    return mx.array(np.kron(np.eye(head_dim // 2), [[0, 1], [-1, 0]]), dtype)
 
 
 @mx.custom_function
-def rotate_on_cpu(
-    x: mx.array, cosines: mx.array, sines: mx.array, right_angle: mx.array
-) -> mx.array:
-    return x * cosines + x @ right_angle * sines
+def rotate_on_cpu(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    return x * cosines + x @ right_angle(x.shape[-1], x.dtype) * sines
 
 
 @rotate_on_cpu.vjp
 def rotate_on_cpu_vjp(
-    primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array
-) -> tuple[mx.array, ...]:
-    _, cosines, sines, right_angle = primals
-    gradient = cotangent * cosines - cotangent * sines @ right_angle
-    return gradient, *(mx.zeros_like(table) for table in primals[1:])
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    _, cosines, sines = primals
+    tables = mx.zeros_like(cosines), mx.zeros_like(sines)
+    return rotate_on_cpu(cotangent, cosines, -sines), *tables  # back by the same angles
 
 
-def rotate(x: mx.array, offset: int, theta: float) -> mx.array:
+def rotate(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
     """Turn each pair of neighbouring channels by an angle that grows with the position.
 
-    x: (B, heads, L, head_dim), the positions from `offset` on. Gives the same shape.
+    x: (B, L, heads, head_dim), the positions from `offset` on, which for one position may be an
+    array. Gives the same shape.
     """
-    length, head_dim = x.shape[-2:]
+    batch, length, heads, head_dim = x.shape
     if ON_CPU:
         tables = rotation(offset, length, head_dim, theta)
         return rotate_on_cpu(x, *(table.astype(x.dtype) for table in tables))
-    return mx.fast.rope(x, head_dim, traditional=True, base=theta, scale=1.0, offset=offset)
+    if length > 1:  # one for each row: MLX then takes x as it lies
+        offset = mx.tile(mx.arange(offset, offset + length), batch)
+    options = {"traditional": True, "base": theta, "scale": 1.0, "offset": offset}
+    return mx.fast.rope(x.reshape(-1, heads, 1, head_dim), head_dim, **options).reshape(x.shape)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -434,19 +439,18 @@ class Attention(nn.Module):
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
         """x: (B, L, D), the positions after those in `cache`. Gives (B, L, D) and the new cache."""
         seen = cache[2] if cache else 0
-        queries = self._heads(self.wq(x), self.n_heads)  # (B, H, L, head_dim)
-        keys = self._heads(self.wk(x), self.n_kv_heads)  # (B, K, L, head_dim)
-        values = self._heads(self.wv(x), self.n_kv_heads)
+        # (B, L, heads, head_dim), then (B, heads, L, head_dim)
+        queries, keys, values = (
+            layer(x).reshape(*x.shape[:2], -1, self.head_dim)
+            for layer in (self.wq, self.wk, self.wv)
+        )
         queries, keys = (rotate(heads, seen, self.rope_theta) for heads in (queries, keys))
+        queries, keys, values = (heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
         cache = extend_cache(cache, keys, values)
         keys, values, filled = cache
         out = attend(queries, keys[:, :, :filled], values[:, :, :filled], self.scale)
         return self.wo(out.transpose(0, 2, 1, 3).flatten(-2)), cache
-
-    def _heads(self, x: mx.array, n_heads: int) -> mx.array:
-        """(B, L, n_heads * head_dim) to (B, n_heads, L, head_dim)."""
-        return x.reshape(*x.shape[:2], n_heads, self.head_dim).transpose(0, 2, 1, 3)
 
 
 def with_room(array: mx.array, seen: int, needed: int) -> mx.array:
@@ -726,10 +730,10 @@ def before_attention(layer: TransformerBlock) -> Callable:
     wqkv = VectorProduct(attention.wq, attention.wk, attention.wv)
 
     def before(x: mx.array, position: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        heads = wqkv(layer.attention_norm(x)).reshape(1, -1, 1, attention.head_dim)
-        turned, values = mx.split(heads, [n_heads + n_kv_heads], axis=1)
-        queries, keys = mx.split(rotate(turned, position, attention.rope_theta), [n_heads], axis=1)
-        return queries, keys, values
+        heads = wqkv(layer.attention_norm(x)).reshape(1, 1, -1, attention.head_dim)
+        turned, values = mx.split(heads, [n_heads + n_kv_heads], axis=2)
+        queries, keys = mx.split(rotate(turned, position, attention.rope_theta), [n_heads], axis=2)
+        return tuple(heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
     return before
 
