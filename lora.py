@@ -889,9 +889,10 @@ def make_step(
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
-    optimizer.init({"lora": to_vector(model.trainable_parameters())})
-    state = [model.state, optimizer.state]
-    n_values = sum(value.size for _, value in tree_flatten(model.trainable_parameters()))
+    vector = {"lora": to_vector(model.trainable_parameters())}
+    optimizer.init(vector)
+    state = [model.state, optimizer.state, vector]
+    n_values = vector["lora"].size
 
     def share(*rows: mx.array) -> mx.array:
         (value, n_tokens), gradients = loss_and_grad(model, *rows)
@@ -907,12 +908,11 @@ def make_step(
         gradient, value = total[:-2] / n_tokens, total[-2] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
         finite = mx.isfinite(total.sum())
-        matrices = model.trainable_parameters()
         moments = tree_map(lambda value: value, optimizer.state)
-        before = {"lora": to_vector(matrices)}
-        after = optimizer.apply_gradients({"lora": gradient}, before)
+        after = optimizer.apply_gradients({"lora": gradient}, vector)
         keep = partial(mx.where, finite)
-        model.update(from_vector(keep(after["lora"], before["lora"]), matrices))
+        vector.update(tree_map(keep, after, vector))
+        model.update(from_vector(vector["lora"], model.trainable_parameters()))
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
         return value, n_tokens, finite, stopping
 
