@@ -131,6 +131,14 @@ def test_two_continuations_of_one_cache_do_not_disturb_each_other():
     np.testing.assert_allclose(first[:, 0], at_once[:, 9], atol=1e-4, rtol=0)
 
 
+def go_as_on_a_gpu(monkeypatch) -> None:
+    """Have a CPU compute what a GPU does, but for the kernels of CUDA."""
+    if models.ON_CPU and not shutil.which("g++"):
+        pytest.skip("MLX compiles for a CPU with g++")
+    monkeypatch.setattr(models, "ON_CPU", False)
+    monkeypatch.setattr(lora, "ON_CPU", False)
+
+
 @pytest.mark.parametrize("way", ["one core", "all cores", "as on a GPU"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("bits", [16, 8, 4, 3])
@@ -140,9 +148,7 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
     if way == "all cores":
         monkeypatch.setattr(models, "WORTH_SHARING", 0)
     if way == "as on a GPU":
-        if models.ON_CPU and not shutil.which("g++"):
-            pytest.skip("MLX compiles for a CPU with g++")
-        monkeypatch.setattr(models, "ON_CPU", False)
+        go_as_on_a_gpu(monkeypatch)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
@@ -212,8 +218,11 @@ def loss_of_theirs(
 
 
 # The longer one is more than a CPU's attention takes at once.
+@pytest.mark.parametrize("way", ["here", "as on a GPU"])
 @pytest.mark.parametrize(("length", "lengths"), [(40, [39, 17]), (300, [299, 140])], ids=str)
-def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths):
+def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths, way, monkeypatch):
+    if way == "as on a GPU":
+        go_as_on_a_gpu(monkeypatch)
     args = ModelArgs(**{**TINY, "vocab_size": 300})
     theirs, ours = reference(args)
     leaves = add_lora_to_both(args, theirs, ours)
@@ -235,7 +244,10 @@ def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths
         np.testing.assert_allclose(np.array(gradient) / scale, leaf.grad / scale, atol=1e-4)
 
 
-def test_the_losses_of_200_iterations_are_those_of_plain_torch_code():
+@pytest.mark.parametrize("way", ["here", "as on a GPU"])
+def test_the_losses_of_200_iterations_are_those_of_plain_torch_code(way, monkeypatch):
+    if way == "as on a GPU":
+        go_as_on_a_gpu(monkeypatch)
     args = ModelArgs(**{**TINY, "vocab_size": 300})
     theirs, ours = reference(args)
     leaves = add_lora_to_both(args, theirs, ours)
