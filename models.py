@@ -659,20 +659,21 @@ class VectorProduct:
         ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
         names = list(linears[0].parameters())  # the weights, quantized with scales and biases
         self.weights = [[linear[name] for name in names] for linear in linears]
-        if not ON_CPU:  # where a product more costs less than to copy the weights
+        if len(linears) > 1 and not ON_CPU:  # there a product more costs less than to copy weights
             joined = [mx.concatenate(arrays) for arrays in zip(*self.weights, strict=True)]
             for name, whole in zip(names, joined, strict=True):
                 for linear, part in zip(linears, mx.split(whole, ends[:-1]), strict=True):
                     linear[name] = part
             self.weights = [joined]
+            mx.eval(joined)
+            mx.clear_cache()  # of what the joined weights have replaced
         self.multiply = lambda x, weight: x @ weight.T
         if isinstance(linears[0], nn.QuantizedLinear):
             settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
             self.multiply = partial(multiply_quantized, **settings)
         dtype = self.weights[0][-1].dtype
         self.lora = [matrix.astype(dtype) for matrix in join_lora(layers, ends)]
-        mx.eval(self.weights, self.lora)
-        mx.clear_cache()  # of what the joined weights have replaced
+        mx.eval(self.lora)
 
     def __call__(self, x: mx.array) -> mx.array:
         products = [self.multiply(x, *weights) for weights in self.weights]
