@@ -119,8 +119,8 @@ def column_of_ones(n: int, dtype: mx.Dtype) -> mx.array:
     return mx.array(np.ones((n, 1)), dtype)
 
 
-# The two functions below exist twice. A CPU keeps what the gradient needs; for a GPU an exponential
-# costs less than to store and fetch it.
+# SwiGLU exists twice. A CPU keeps what the gradient needs; for a GPU an exponential costs less than
+# to store and fetch it.
 
 
 @mx.custom_function

@@ -389,14 +389,16 @@ def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
 
 
 def outcome(capsys, monkeypatch, *arguments) -> None:
-    """Run lora.py's main; it has to succeed, or to say one line and exit with status 2."""
+    """Run lora.py's main; it has to succeed, or to say one line and exit with status 2, or with 1
+    where the memory does not hold the model that params.json tells of.
+    """
     monkeypatch.setattr(sys, "argv", ["lora.py", *map(str, arguments)])
     try:
         lora.main()
     except SystemExit as exit:
         errors = capsys.readouterr().err.splitlines()
-        assert exit.code == 2
         assert len(errors) == 1 and re.match(r"lora\.py: error: .", errors[0]), errors
+        assert exit.code == (1 if "GiB of memory" in errors[0] else 2)
     capsys.readouterr()
 
 
