@@ -139,6 +139,12 @@ def go_as_on_a_gpu(monkeypatch) -> None:
     monkeypatch.setattr(lora, "ON_CPU", False)
 
 
+@pytest.fixture(params=["here", "as on a GPU"])
+def both_ways(request, monkeypatch) -> None:
+    if request.param == "as on a GPU":
+        go_as_on_a_gpu(monkeypatch)
+
+
 @pytest.mark.parametrize("way", ["one core", "all cores", "as on a GPU"])
 @pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
 @pytest.mark.parametrize("bits", [16, 8, 4, 3])
@@ -218,11 +224,9 @@ def loss_of_theirs(
 
 
 # The longer one is more than a CPU's attention takes at once.
-@pytest.mark.parametrize("way", ["here", "as on a GPU"])
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize(("length", "lengths"), [(40, [39, 17]), (300, [299, 140])], ids=str)
-def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths, way, monkeypatch):
-    if way == "as on a GPU":
-        go_as_on_a_gpu(monkeypatch)
+def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths):
     args = ModelArgs(**{**TINY, "vocab_size": 300})
     theirs, ours = reference(args)
     leaves = add_lora_to_both(args, theirs, ours)
@@ -244,10 +248,8 @@ def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths
         np.testing.assert_allclose(np.array(gradient) / scale, leaf.grad / scale, atol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["here", "as on a GPU"])
-def test_the_losses_of_200_iterations_are_those_of_plain_torch_code(way, monkeypatch):
-    if way == "as on a GPU":
-        go_as_on_a_gpu(monkeypatch)
+@pytest.mark.usefixtures("both_ways")
+def test_the_losses_of_200_iterations_are_those_of_plain_torch_code():
     args = ModelArgs(**{**TINY, "vocab_size": 300})
     theirs, ours = reference(args)
     leaves = add_lora_to_both(args, theirs, ours)
