@@ -55,12 +55,13 @@ if ON_CPU:
     # MLX then queues the work of all streams in turns, not that of one behind that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 elif mx.cuda.is_available():
-    # In smaller portions than MLX's own, work that waits for the GPU holds a third less memory.
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "100")
+    # In smaller portions than MLX's own, work that waits for the GPU holds less memory.
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")
     # The graphs that each length of a batch takes are kept, not made anew for each batch.
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 LORA_SCALE = 2.0
 CACHE_STEP = 256  # positions by which the key-value cache grows
+THREADS, SHARED_MEMORY = 512, 80_000  # of a block of CUDA's, and its bytes
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
@@ -547,63 +548,6 @@ class Model(nn.Module):
 CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
 WORTH_SHARING = 2**18  # bytes of weights; for fewer, to meet again costs more than cores save
 
-# A vector times quantized weights, for CUDA, where MLX's own kernel reads them at a third of the
-# memory's speed. x (K), weight (N, K / PER_WORD), scales and biases (N, K / GROUP_SIZE), out (N).
-# N and K are no constants, so that a model takes one kernel: each process compiles its own anew.
-# A warp takes two rows, for which it reads x once; a thread takes 16 bytes of each at a time, which
-# lie in one group. An integer becomes a float without a conversion, as the last bits of 2**23.
-QUANTIZED_PRODUCT = """
-    constexpr int ROWS = 2;
-    constexpr int PER_WORD = 32 / BITS;
-    constexpr int CHUNK = 4 * PER_WORD;
-    constexpr int VECTOR = 16 / sizeof(T);
-    struct alignas(16) Vector { T values[VECTOR]; };
-
-    int N = weight_shape[0], K = weight_shape[1] * PER_WORD;
-    int first = (blockIdx.y * blockDim.y + threadIdx.y) * ROWS;
-    if (first >= N) return;
-    size_t rows[ROWS];
-    float sums[ROWS] = {};
-    for (int r = 0; r < ROWS; r++) rows[r] = min(first + r, N - 1);
-    #pragma unroll 1
-    for (int k = threadIdx.x * CHUNK; k < K; k += 32 * CHUNK) {
-        float inputs[CHUNK];
-        float total = 0;
-        for (int i = 0; i < CHUNK; i += VECTOR) {
-            Vector vector = *reinterpret_cast<const Vector*>(x + k + i);
-            for (int j = 0; j < VECTOR; j++) {
-                inputs[i + j] = static_cast<float>(vector.values[j]);
-                total += inputs[i + j];
-            }
-        }
-        for (int r = 0; r < ROWS; r++) {
-            const uint32_t* at = weight + rows[r] * (K / PER_WORD) + k / PER_WORD;
-            uint4 chunk = __ldcs(reinterpret_cast<const uint4*>(at));
-            uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-            float product = 0;
-            for (int i = 0; i < CHUNK; i++) {
-                uint32_t value = words[i / PER_WORD] >> (i % PER_WORD * BITS) & ((1 << BITS) - 1);
-                product += inputs[i] * (__uint_as_float(0x4B000000 | value) - 8388608.0f);
-            }
-            size_t group = rows[r] * (K / GROUP_SIZE) + k / GROUP_SIZE;
-            sums[r] += static_cast<float>(scales[group]) * product;
-            sums[r] += static_cast<float>(biases[group]) * total;
-        }
-    }
-    for (int r = 0; r < ROWS; r++) {
-        for (int distance = 16; distance > 0; distance /= 2) {
-            sums[r] += __shfl_xor_sync(0xffffffff, sums[r], distance);
-        }
-        if (threadIdx.x == 0) out[rows[r]] = static_cast<T>(sums[r]);
-    }
-"""
-
-
-@lru_cache
-def quantized_product_kernel() -> Callable:
-    inputs = ["x", "weight", "scales", "biases"]
-    return mx.fast.cuda_kernel("quantized_product", inputs, ["out"], QUANTIZED_PRODUCT)
-
 
 def multiply_quantized(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
@@ -618,18 +562,12 @@ def multiply_quantized(
             with mx.stream(core):
                 parts.append(multiply(weight[rows], scales[rows], biases[rows]))
         return mx.concatenate(parts, axis=-1)
-    if not mx.cuda.is_available() or bits not in (4, 8):
-        return multiply(weight, scales, biases)
-    template = {"T": x.dtype, "BITS": bits, "GROUP_SIZE": group_size}
-    (product,) = quantized_product_kernel()(
-        inputs=[x, weight, scales, biases],
-        template=list(template.items()),
-        grid=(32, -(-n_rows // 2), 1),
-        threadgroup=(32, 4, 1),
-        output_shapes=[(1, 1, n_rows)],
-        output_dtypes=[x.dtype],
-    )
-    return product
+    return multiply(weight, scales, biases)
+
+
+def without_lora(layer: nn.Module) -> nn.Module:
+    """The linear layer itself."""
+    return layer.linear if isinstance(layer, LoRALinear) else layer
 
 
 def join_lora(layers: tuple[nn.Module, ...], ends: list[int]) -> list[mx.array]:
@@ -655,7 +593,7 @@ class VectorProduct:
     """
 
     def __init__(self, *layers: nn.Module):
-        linears = [layer.linear if isinstance(layer, LoRALinear) else layer for layer in layers]
+        linears = [without_lora(layer) for layer in layers]
         ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
         names = list(linears[0].parameters())  # the weights, quantized with scales and biases
         self.weights = [[linear[name] for name in names] for linear in linears]
@@ -694,32 +632,47 @@ class Decoder:
         args, dtype = model.args, model.norm.weight.dtype
         blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype)
         cache = cache or [(blank, blank, 0)] * args.n_layers
-        self.cache = [[keys, values] for keys, values, _ in cache]
+        self.cache = [[mx.contiguous(keys), mx.contiguous(values)] for keys, values, _ in cache]
         self.seen = cache[0][2]
-        self.scale = args.head_dim**-0.5
         self.embed, self.norm = model.tok_embeddings, model.norm
         self.output = VectorProduct(model.output)
-        # What comes before each layer's attention and what behind it. A GPU has each compiled.
-        compiled = (lambda function: function) if ON_CPU else mx.compile
-        self.pieces = [
-            (compiled(before_attention(layer)), compiled(behind_attention(layer)))
-            for layer in model.layers
-        ]
+        self.run_layers = fused_layers(model) or separate_layers(model)
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token behind `token`, (1, 1) integer."""
-        x = self.embed(token)  # (1, 1, D)
-        position = self.seen if ON_CPU else mx.array(self.seen)  # or each would be compiled anew
-        self.seen += 1
-        if self.seen > self.cache[0][0].shape[2]:
+        if self.seen == self.cache[0][0].shape[2]:
+            mx.eval(token)  # and with it all that writes in place what is copied here
             for arrays in self.cache:
-                arrays[:] = [with_room(array, self.seen - 1, self.seen) for array in arrays]
-        new = slice(None), slice(None), slice(self.seen - 1, self.seen)
-        filled = slice(None), slice(None), slice(0, self.seen)
-        for (before, behind), (keys, values) in zip(self.pieces, self.cache, strict=True):
-            queries, keys[new], values[new] = before(x, position)
-            x = behind(x, attend(queries, keys[filled], values[filled], self.scale))
+                arrays[:] = [with_room(array, self.seen, self.seen + 1) for array in arrays]
+        x = self.run_layers(self.embed(token), self.seen, self.cache)  # (1, 1, D)
+        self.seen += 1
         return self.output(self.norm(x))[:, -1]
+
+
+def separate_layers(model: Model) -> Callable:
+    """A function that gives what the layers make of x (1, 1, D), which stands behind `seen`
+    positions, and that puts its keys and values into a cache with room for them.
+    """
+    # What comes before each layer's attention and what behind it. A GPU has each compiled.
+    compiled = (lambda function: function) if ON_CPU else mx.compile
+    pieces = [
+        (compiled(before_attention(layer)), compiled(behind_attention(layer)))
+        for layer in model.layers
+    ]
+
+    def run(x: mx.array, seen: int, cache: list[list[mx.array]]) -> mx.array:
+        position = seen if ON_CPU else mx.array(seen)  # or each would be compiled anew
+        new = slice(None), slice(None), slice(seen, seen + 1)
+        filled = slice(None), slice(None), slice(0, seen + 1)
+        for layer, (before, behind), (keys, values) in zip(
+            model.layers, pieces, cache, strict=True
+        ):
+            queries, keys[new], values[new] = before(x, position)
+            attended = attend(queries, keys[filled], values[filled], layer.attention.scale)
+            x = behind(x, attended)
+        return x
+
+    return run
 
 
 def before_attention(layer: TransformerBlock) -> Callable:
@@ -753,3 +706,495 @@ def behind_attention(layer: TransformerBlock) -> Callable:
         return x + w2(swiglu(gate, up) if ON_CPU else nn.silu(gate) * up)  # one kernel, compiled
 
     return behind
+
+
+# -------------------------------------------------------------------------------------------------
+# A layer for one token in one kernel, for CUDA. With several, memory would rest while one ends and
+# the next begins: here a warp has the first weights of what comes next on their way while it waits
+# for the others.
+
+DECODER_LAYER = """
+struct Float16 {
+    unsigned short bits;
+    __device__ Float16() {}
+    __device__ Float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+
+struct Bfloat16 {
+    unsigned short bits;
+    __device__ Bfloat16() {}
+    __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
+};
+
+constexpr int Q = N_HEADS * HEAD_DIM, KV = N_KV_HEADS * HEAD_DIM, QKV = Q + 2 * KV;
+constexpr int LANES = 32, WARPS = THREADS / LANES;
+constexpr int VECTOR = 16 / sizeof(Number);        // numbers in 16 bytes
+constexpr int CHUNK = BITS ? 128 / BITS : VECTOR;  // weights in 16 bytes
+constexpr int POSITIONS = 4;                       // that a warp attends to at once
+constexpr int CHANNELS = HEAD_DIM / LANES;         // of a head, that a thread takes
+constexpr int PART = HEAD_DIM + 4;                 // sums, highest score and total of weights
+constexpr float LOG2_E = 1.44269504f;
+
+constexpr int MULTIPLE = BITS ? GROUP_SIZE : VECTOR;
+constexpr int LARGEST = HIDDEN > DIM && HIDDEN > Q ? HIDDEN : DIM > Q ? DIM : Q;
+constexpr int ROUNDS = (LARGEST + LANES * CHUNK - 1) / (LANES * CHUNK);
+constexpr int TOTALS = ROUNDS * LANES * CHUNK * sizeof(Number) / sizeof(float);  // where they lie
+
+static_assert(BITS == 0 || BITS == 4 || BITS == 8, "weights of other sizes are not read");
+static_assert(DIM % MULTIPLE + Q % MULTIPLE + HIDDEN % MULTIPLE == 0, "no row ends amid 16 bytes");
+static_assert(HEAD_DIM % (2 * LANES) == 0, "each thread takes pairs of channels");
+static_assert((TOTALS + LARGEST / CHUNK) * 4 <= SHARED_MEMORY, "what is multiplied has room");
+
+struct alignas(16) Vector { Number values[VECTOR]; };
+struct alignas(CHANNELS * sizeof(Number)) Channels { Number values[CHANNELS]; };
+struct Matrix { const void* weight; const Number *scales, *biases; };
+
+extern __shared__ Vector shared[];  // what matrices are multiplied by, and behind it its totals
+
+__device__ float sum_of_warp(float x) {
+    for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+// All blocks wait here for each other.
+__device__ void meet(unsigned* arrived) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        unsigned others = gridDim.x, now;
+        unsigned target = (atomicAdd(arrived, 1u) / others + 1) * others;
+        do {
+            asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+        } while (now < target);
+    }
+    __syncthreads();
+}
+
+// The numbers from k on of what lies in shared memory: in such an order that lanes, each at a chunk
+// of weights of its own, read what belongs to it from 32 places side by side.
+__device__ Vector& input(int k) {
+    int round = k / (LANES * CHUNK), lane = k / CHUNK % LANES, part = k % CHUNK / VECTOR;
+    return shared[(round * (CHUNK / VECTOR) + part) * LANES + lane];
+}
+
+// The total of the numbers that a chunk of weights is multiplied by.
+__device__ float& total(int chunk) { return reinterpret_cast<float*>(shared)[TOTALS + chunk]; }
+
+// Waits for the K numbers of the input. Quantized weights need their totals.
+template <int K> __device__ void add_up() {
+    __syncthreads();
+    if (BITS == 0) return;
+    for (int chunk = threadIdx.x; chunk < K / CHUNK; chunk += THREADS) {
+        float sum = 0;
+        for (int i = 0; i < CHUNK; i += VECTOR) {
+            Vector some = input(chunk * CHUNK + i);
+            for (float value : some.values) sum += value;
+        }
+        total(chunk) = sum;
+    }
+    __syncthreads();
+}
+
+// RMSNorm, into the input.
+__device__ void normalize(const Number* in, const Number* weight) {
+    constexpr int N = (DIM / VECTOR + THREADS - 1) / THREADS;
+    __shared__ float sums[WARPS];
+    Vector inputs[N], weights[N];
+    float sum = 0;
+    for (int n = 0; n < N; n++) {
+        int k = (n * THREADS + threadIdx.x) * VECTOR;
+        if (k >= DIM) break;
+        uint4 words = __ldcg(reinterpret_cast<const uint4*>(in + k));
+        inputs[n] = reinterpret_cast<Vector&>(words);
+        weights[n] = reinterpret_cast<const Vector&>(weight[k]);
+        for (float value : inputs[n].values) sum += value * value;
+    }
+    sum = sum_of_warp(sum);
+    if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = sum;
+    __syncthreads();
+    sum = 0;
+    for (float part : sums) sum += part;
+    float factor = rsqrtf(sum / DIM + float(EPSILON));
+    for (int n = 0; n < N; n++) {
+        int k = (n * THREADS + threadIdx.x) * VECTOR;
+        if (k >= DIM) break;
+        for (int i = 0; i < VECTOR; i++) {
+            float value = float(inputs[n].values[i]) * factor;
+            inputs[n].values[i] = Number(value * float(weights[n].values[i]));
+        }
+        input(k) = inputs[n];
+    }
+}
+
+// The product of the input with a row of a matrix, of which the lanes of a warp take 16 bytes each
+// at a time.
+template <int K> __device__ float dot(const Number* row) {
+    float sum = 0;
+    #pragma unroll 8
+    for (int k = threadIdx.x % LANES * VECTOR; k < K; k += LANES * VECTOR) {
+        uint4 words = __ldcs(reinterpret_cast<const uint4*>(row + k));
+        Vector weights = reinterpret_cast<Vector&>(words);
+        Vector inputs = input(k);
+        for (int i = 0; i < VECTOR; i++) sum += float(inputs.values[i]) * float(weights.values[i]);
+    }
+    return sum_of_warp(sum);
+}
+
+template <int K> __device__ __noinline__ float dot(Matrix matrix, int row) {
+    if (BITS == 0) return dot<K>(static_cast<const Number*>(matrix.weight) + size_t(row) * K);
+    const uint4* chunks = static_cast<const uint4*>(matrix.weight) + size_t(row) * (K / CHUNK);
+    const Number* scales = matrix.scales + size_t(row) * (K / GROUP_SIZE);
+    const Number* biases = matrix.biases + size_t(row) * (K / GROUP_SIZE);
+    float sum = 0;
+    #pragma unroll 4
+    for (int chunk = threadIdx.x % LANES; chunk < K / CHUNK; chunk += LANES) {
+        uint4 four = __ldcs(chunks + chunk);
+        float scale = scales[chunk * CHUNK / GROUP_SIZE], bias = biases[chunk * CHUNK / GROUP_SIZE];
+        unsigned words[4] = {four.x, four.y, four.z, four.w};
+        float product = 0;
+        for (int j = 0; j < CHUNK; j += VECTOR) {
+            Vector inputs = input(chunk * CHUNK + j);
+            for (int i = 0; i < VECTOR; i++) {  // 1 + integer / 2**BITS: no slow conversion
+                constexpr int SHIFT = 23 - BITS;
+                int start = (j + i) * BITS % 32;
+                unsigned word = words[(j + i) * BITS / 32];
+                word = start < SHIFT ? word << (SHIFT - start) : word >> (start - SHIFT);
+                word = 0x3f800000 | (word & ((1 << BITS) - 1) << SHIFT);
+                product += float(inputs.values[i]) * __uint_as_float(word);
+            }
+        }
+        sum += scale * (product - total(chunk)) * (1 << BITS) + bias * total(chunk);
+    }
+    return sum_of_warp(sum);
+}
+
+// One query head's part `split` of all positions: sums of values (HEAD_DIM), weighted as in
+// "FlashAttention", the highest score and the total of weights. `heads` (QKV + ranks) are queries,
+// keys and values at `position`, before LoRA and rotation, and the products with LoRA's first
+// matrices. The last part has that position, and adds it to the cache.
+__device__ void attend(
+    int head, int split, int splits, const float* heads, const Number* lora_b, int ranks,
+    Number* keys, Number* values, const float* frequencies, int position, int capacity, float* part
+) {
+    constexpr int SHARING = N_HEADS / N_KV_HEADS;
+    __shared__ float all_sums[WARPS][HEAD_DIM], all_highest[WARPS], all_totals[WARPS];
+    int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, kv_head = head / SHARING;
+    size_t cached = size_t(kv_head) * capacity * HEAD_DIM + lane * CHANNELS;
+
+    auto load = [&](int at, float* channels) {
+        at += lane * CHANNELS;
+        for (int i = 0; i < CHANNELS; i++) channels[i] = __ldcg(heads + at + i);
+        for (int r = 0; r < ranks; r++) {
+            float inner = __ldcg(heads + QKV + r);
+            const Number* outer = lora_b + size_t(r) * QKV + at;
+            for (int i = 0; i < CHANNELS; i++) channels[i] += inner * float(outer[i]);
+        }
+    };
+    auto rotate = [&](float* channels, float scale) {
+        for (int i = 0; i < CHANNELS; i += 2) {
+            float sine, cosine, a = channels[i], b = channels[i + 1];
+            sincosf(position * frequencies[(lane * CHANNELS + i) / 2], &sine, &cosine);
+            channels[i] = (a * cosine - b * sine) * scale;
+            channels[i + 1] = (b * cosine + a * sine) * scale;
+        }
+    };
+    auto score = [](const float* query, Channels key) {
+        float sum = 0;
+        for (int i = 0; i < CHANNELS; i++) sum += query[i] * float(key.values[i]);
+        return sum_of_warp(sum);
+    };
+
+    float query[CHANNELS], sums[CHANNELS] = {}, highest = -1e30f, weights = 0;
+    load(head * HEAD_DIM, query);
+    rotate(query, rsqrtf(HEAD_DIM) * LOG2_E);
+    if (warp == 0 && split == splits - 1) {
+        float key[CHANNELS];
+        Channels new_key, new_value;
+        load(Q + kv_head * HEAD_DIM, key);
+        load(Q + KV + kv_head * HEAD_DIM, sums);
+        rotate(key, 1);
+        for (int i = 0; i < CHANNELS; i++) {
+            new_key.values[i] = Number(key[i]);
+            new_value.values[i] = Number(sums[i]);
+        }
+        if (head % SHARING == 0) {
+            size_t at = cached + size_t(position) * HEAD_DIM;
+            reinterpret_cast<Channels&>(keys[at]) = new_key;
+            reinterpret_cast<Channels&>(values[at]) = new_value;
+        }
+        highest = score(query, new_key);
+        weights = 1;
+    }
+    int share = (position + splits - 1) / splits, end = min((split + 1) * share, position);
+    for (int p = split * share + warp * POSITIONS; p < end; p += WARPS * POSITIONS) {
+        Channels some_keys[POSITIONS], some_values[POSITIONS];
+        for (int j = 0; j < POSITIONS; j++) {
+            size_t at = cached + size_t(min(p + j, end - 1)) * HEAD_DIM;
+            some_keys[j] = reinterpret_cast<const Channels&>(keys[at]);
+            some_values[j] = reinterpret_cast<const Channels&>(values[at]);
+        }
+        float scores[POSITIONS], before = highest;
+        for (int j = 0; j < POSITIONS; j++) {
+            scores[j] = score(query, some_keys[j]);
+            highest = max(highest, scores[j]);
+        }
+        float shrink = exp2f(before - highest);
+        weights *= shrink;
+        for (int i = 0; i < CHANNELS; i++) sums[i] *= shrink;
+        for (int j = 0; j < POSITIONS && p + j < end; j++) {
+            float weight = exp2f(scores[j] - highest);
+            weights += weight;
+            for (int i = 0; i < CHANNELS; i++) {
+                sums[i] += weight * float(some_values[j].values[i]);
+            }
+        }
+    }
+    // What the warps have is joined.
+    for (int i = 0; i < CHANNELS; i++) all_sums[warp][lane * CHANNELS + i] = sums[i];
+    all_highest[warp] = highest;
+    all_totals[warp] = weights;
+    __syncthreads();
+    for (float other : all_highest) highest = max(highest, other);
+    for (int k = threadIdx.x; k < HEAD_DIM; k += THREADS) {
+        float sum = 0;
+        weights = 0;
+        for (int w = 0; w < WARPS; w++) {
+            float weight = exp2f(all_highest[w] - highest);
+            sum += weight * all_sums[w][k];
+            weights += weight * all_totals[w];
+        }
+        part[k] = sum;
+        part[HEAD_DIM] = highest;
+        part[HEAD_DIM + 1] = weights;
+    }
+    __syncthreads();
+}
+
+// The output of attention, into the input, from the parts that `attend` gave for each head.
+__device__ void join_parts(const float* parts, int splits) {
+    for (int k = threadIdx.x * VECTOR; k < Q; k += THREADS * VECTOR) {
+        const float* part = parts + k / HEAD_DIM * splits * PART;
+        float sums[VECTOR] = {}, highest = -1e30f, weights = 0;
+        #pragma unroll 4
+        for (int s = 0; s < splits; s++, part += PART) {
+            float2 end = __ldcg(reinterpret_cast<const float2*>(part + HEAD_DIM));
+            float before = highest;
+            highest = max(highest, end.x);
+            float shrink = exp2f(before - highest), weight = exp2f(end.x - highest);
+            weights = weights * shrink + end.y * weight;
+            for (int i = 0; i < VECTOR; i += 4) {
+                float4 some = __ldcg(reinterpret_cast<const float4*>(part + k % HEAD_DIM + i));
+                float values[4] = {some.x, some.y, some.z, some.w};
+                for (int j = 0; j < 4; j++) {
+                    sums[i + j] = sums[i + j] * shrink + values[j] * weight;
+                }
+            }
+        }
+        Vector joined;
+        for (int i = 0; i < VECTOR; i++) joined.values[i] = Number(sums[i] / weights);
+        input(k) = joined;
+    }
+}
+
+extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
+    const Number* in, const int* position, const Number* attention_norm, const Number* ffn_norm,
+    const void* wq, const Number* wq_scales, const Number* wq_biases,
+    const void* wk, const Number* wk_scales, const Number* wk_biases,
+    const void* wv, const Number* wv_scales, const Number* wv_biases,
+    const void* wo, const Number* wo_scales, const Number* wo_biases,
+    const void* w1, const Number* w1_scales, const Number* w1_biases,
+    const void* w2, const Number* w2_scales, const Number* w2_biases,
+    const void* w3, const Number* w3_scales, const Number* w3_biases,
+    const Number* lora_a, const Number* lora_b, Number* keys, Number* values,
+    const float* frequencies, unsigned* arrived,
+    Number* out, float* heads, float* parts, Number* middle, Number* hidden,
+    int ranks, int capacity
+) {
+    // Warp by warp, the blocks take turns with the rows of a matrix.
+    int lane = threadIdx.x % LANES, block = blockIdx.x, blocks = gridDim.x, seen = *position;
+    int first = threadIdx.x / LANES * blocks + block, step = WARPS * blocks;
+
+    normalize(in, attention_norm);
+    add_up<DIM>();
+    for (int row = first; row < QKV + ranks; row += step) {
+        float product;
+        if (row < QKV) {
+            bool of_query = row < Q, of_key = !of_query && row < Q + KV;
+            Matrix matrix = of_query ? Matrix{wq, wq_scales, wq_biases}
+                          : of_key   ? Matrix{wk, wk_scales, wk_biases}
+                                     : Matrix{wv, wv_scales, wv_biases};
+            int start = of_query ? 0 : of_key ? Q : Q + KV;
+            product = dot<DIM>(matrix, row - start);
+        } else {
+            product = dot<DIM>(lora_a + size_t(row - QKV) * DIM);
+        }
+        if (lane == 0) heads[row] = product;
+    }
+    meet(arrived);
+
+    int splits = min(min(max(blocks / N_HEADS, 1), MAX_SPLITS), seen / 64 + 1);
+    for (int item = block; item < N_HEADS * splits; item += blocks) {
+        attend(item / splits, item % splits, splits, heads, lora_b, ranks, keys, values,
+               frequencies, seen, capacity, parts + item * PART);
+    }
+    meet(arrived);
+
+    join_parts(parts, splits);
+    add_up<Q>();
+    for (int row = first; row < DIM; row += step) {
+        float product = dot<Q>(Matrix{wo, wo_scales, wo_biases}, row);
+        if (lane == 0) middle[row] = Number(float(in[row]) + product);
+    }
+    meet(arrived);
+
+    normalize(middle, ffn_norm);
+    add_up<DIM>();
+    for (int row = first; row < HIDDEN; row += step) {
+        float products[2];
+        #pragma unroll 1
+        for (int i = 0; i < 2; i++) {
+            Matrix matrix = i ? Matrix{w3, w3_scales, w3_biases} : Matrix{w1, w1_scales, w1_biases};
+            products[i] = dot<DIM>(matrix, row);
+        }
+        float silu = products[0] / (1 + __expf(-products[0]));
+        if (lane == 0) hidden[row] = Number(silu * products[1]);
+    }
+    meet(arrived);
+
+    for (int k = threadIdx.x * VECTOR; k < HIDDEN; k += THREADS * VECTOR) {
+        reinterpret_cast<uint4&>(input(k)) = __ldcg(reinterpret_cast<const uint4*>(hidden + k));
+    }
+    add_up<HIDDEN>();
+    for (int row = first; row < DIM; row += step) {
+        float product = dot<HIDDEN>(Matrix{w2, w2_scales, w2_biases}, row);
+        if (lane == 0) out[row] = Number(float(middle[row]) + product);
+    }
+}
+"""
+
+
+def load_library(*names: str) -> ctypes.CDLL | None:
+    """The first of these shared libraries that there is."""
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache
+def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
+    """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
+
+    MLX's own way, `mx.fast.cuda_kernel`, puts its headers before the source and takes seconds for
+    them, in each process anew. Gives None where there is no compiler, or where it refuses.
+    """
+    compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
+    if not compiler:
+        return None
+    options = [f"--gpu-architecture={mx.device_info()['architecture']}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in constants]
+    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    if compiler.nvrtcCompileProgram(program, len(options), values):
+        return None
+    compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    compiler.nvrtcGetCUBIN(program, code)
+    compiler.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+def n_multiprocessors() -> int:
+    """How many blocks of threads work side by side on the GPU where each fills a multiprocessor."""
+    count, attribute = ctypes.c_int(), 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(count), attribute, 0)
+    return count.value
+
+
+def fused_layers(model: Model) -> Callable | None:
+    """What `separate_layers` gives, with one kernel a layer; None where no kernel fits the model.
+
+    Its code is made once in a process, in half a second to one.
+    """
+    if ON_CPU or not mx.cuda.is_available():
+        return None
+    args, dtype = model.args, model.norm.weight.dtype
+    inputs, ranks, kinds = [], [], set()  # of each layer, and of all matrices
+    for layer in model.layers:
+        attention, feed_forward = layer.attention, layer.feed_forward
+        projections = attention.wq, attention.wk, attention.wv
+        others = attention.wo, feed_forward.w1, feed_forward.w2, feed_forward.w3
+        arrays = [layer.attention_norm.weight, layer.ffn_norm.weight]
+        for linear in map(without_lora, projections + others):
+            parts = list(linear.parameters().values())  # the weights, with scales and biases
+            kinds.add(
+                (getattr(linear, "bits", 0), getattr(linear, "group_size", 1), parts[-1].dtype)
+            )
+            arrays += (parts * 3)[:3]  # for scales that there are not, something that is not read
+        ends = np.cumsum([len(without_lora(layer).weight) for layer in projections]).tolist()
+        pair = join_lora(projections, ends)
+        ranks.append(pair[1].shape[0] if pair else 0)
+        a, b = pair or (mx.zeros((1, 1)), mx.zeros((1, 1)))
+        arrays += [mx.contiguous(a.T).astype(dtype), (b * LORA_SCALE).astype(dtype)]
+        inputs.append(arrays)
+    if {kind[2] for kind in kinds} != {dtype} or len(kinds) > 1:
+        return None
+    ((bits, group_size, _),) = kinds
+    max_splits = 16  # parts of all positions, to each of which a block of threads attends
+    constants = {
+        "Number": {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}[dtype],
+        "BITS": bits,
+        "GROUP_SIZE": group_size,
+        "DIM": args.dim,
+        "HIDDEN": args.hidden_dim,
+        "N_HEADS": args.n_heads,
+        "N_KV_HEADS": args.n_kv_heads,
+        "HEAD_DIM": args.head_dim,
+        "EPSILON": float(args.norm_eps),
+        "THREADS": THREADS,
+        "SHARED_MEMORY": SHARED_MEMORY,
+        "MAX_SPLITS": max_splits,
+    }
+    code = compile_cuda(DECODER_LAYER, tuple(constants.items()))
+    if not code:
+        return None
+    frequencies = args.rope_theta ** (-np.arange(0, args.head_dim, 2) / args.head_dim)
+    frequencies = mx.array(frequencies, mx.float32)
+    arrived = mx.zeros(64, mx.uint32)  # one would lie in memory that MLX shares with the processor
+    mx.eval(inputs, frequencies, arrived)
+    blocks = n_multiprocessors()
+    n_outputs = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim  # of the projections
+    n_sums = args.n_heads * max_splits * (args.head_dim + 4)
+
+    @mx.compile
+    def run(x: mx.array, position: mx.array, cache: list[list[mx.array]]) -> mx.array:
+        for arrays, rank, (keys, values) in zip(inputs, ranks, cache, strict=True):
+            x, *_ = mx.fast.precompiled_cuda_kernel(
+                name="decoder_layer",
+                compiled_source=code,
+                inputs=[x, position, *arrays, keys, values, frequencies, arrived],
+                output_shapes=[
+                    x.shape,
+                    (n_outputs + rank,),
+                    (n_sums,),
+                    x.shape,
+                    (args.hidden_dim,),
+                ],
+                output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype],
+                scalars=[rank, keys.shape[2]],
+                grid=(blocks * THREADS, 1, 1),
+                threadgroup=(THREADS, 1, 1),
+                shared_memory=SHARED_MEMORY,
+            )
+        return x
+
+    return lambda x, seen, cache: run(x, mx.array(seen), cache)
