@@ -918,9 +918,18 @@ def make_step(
 
     compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
 
+    longest = 0
+
     def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
+        nonlocal longest
         result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
+        if mx.cuda.is_available() and batch[0].shape[1] > longest:
+            # The first step of a length is compiled, so that its work does not queue up. The queue
+            # of later ones has no need of more memory: there MLX waits for the GPU.
+            mx.eval(state)
+            mx.set_memory_limit(mx.get_peak_memory())
+            longest = batch[0].shape[1]
         return result
 
     return start_step
