@@ -1093,8 +1093,8 @@ def load_library(*names: str) -> ctypes.CDLL | None:
 def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
     """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
 
-    MLX's own way, `mx.fast.cuda_kernel`, puts its headers before the source and takes seconds for
-    them, in each process anew. Gives None where there is no compiler, or where it refuses.
+    MLX's own way, `mx.fast.cuda_kernel`, takes two seconds in each process, most of it for headers.
+    Gives None where there is no compiler, or where it refuses.
     """
     compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
     if not compiler:
@@ -1123,7 +1123,8 @@ def n_multiprocessors() -> int:
 def fused_layers(model: Model) -> Callable | None:
     """What `separate_layers` gives, with one kernel a layer; None where no kernel fits the model.
 
-    Its code is made once in a process, in half a second to one.
+    Its code is made once in a process, in half a second to one. As the blocks of a kernel wait for
+    each other, and fill the GPU, no two of them may run at once.
     """
     if ON_CPU or not mx.cuda.is_available():
         return None
