@@ -61,7 +61,9 @@ elif mx.cuda.is_available():
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 LORA_SCALE = 2.0
 CACHE_STEP = 256  # positions by which the key-value cache grows
-THREADS, SHARED_MEMORY = 512, 80_000  # of a block of CUDA's, and its bytes
+THREADS = 512  # of a block of CUDA's
+SHARED_MEMORY = 80_000  # bytes that they share
+MAX_SPLITS = 16  # parts of all positions, to each of which a block attends
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
@@ -709,9 +711,9 @@ def behind_attention(layer: TransformerBlock) -> Callable:
 
 
 # -------------------------------------------------------------------------------------------------
-# A layer for one token in one kernel, for CUDA. With several, memory would rest while one ends and
-# the next begins: here a warp has the first weights of what comes next on their way while it waits
-# for the others.
+# Generating with CUDA: a layer for one token in one kernel. With a kernel for each operation, the
+# GPU rests while one ends and the next begins, and the processor has ten times as many to hand out.
+# Each block of threads fills a multiprocessor, and all wait for each other between two products.
 
 DECODER_LAYER = """
 struct Float16 {
@@ -1120,38 +1122,28 @@ def n_multiprocessors() -> int:
     return count.value
 
 
-def fused_layers(model: Model) -> Callable | None:
-    """What `separate_layers` gives, with one kernel a layer; None where no kernel fits the model.
+def matrices(layer: TransformerBlock) -> tuple[nn.Module, ...]:
+    attention, feed_forward = layer.attention, layer.feed_forward
+    projections = attention.wq, attention.wk, attention.wv, attention.wo
+    return *projections, feed_forward.w1, feed_forward.w2, feed_forward.w3
 
-    Its code is made once in a process, in half a second to one. As the blocks of a kernel wait for
-    each other, and fill the GPU, no two of them may run at once.
-    """
-    if ON_CPU or not mx.cuda.is_available():
-        return None
+
+def kernel_constants(model: Model) -> dict[str, object] | None:
+    """What the kernel's code knows of the model; None where matrices differ in kind."""
     args, dtype = model.args, model.norm.weight.dtype
-    inputs, ranks, kinds = [], [], set()  # of each layer, and of all matrices
-    for layer in model.layers:
-        attention, feed_forward = layer.attention, layer.feed_forward
-        projections = attention.wq, attention.wk, attention.wv
-        others = attention.wo, feed_forward.w1, feed_forward.w2, feed_forward.w3
-        arrays = [layer.attention_norm.weight, layer.ffn_norm.weight]
-        for linear in map(without_lora, projections + others):
-            parts = list(linear.parameters().values())  # the weights, with scales and biases
-            kinds.add(
-                (getattr(linear, "bits", 0), getattr(linear, "group_size", 1), parts[-1].dtype)
-            )
-            arrays += (parts * 3)[:3]  # for scales that there are not, something that is not read
-        ends = np.cumsum([len(without_lora(layer).weight) for layer in projections]).tolist()
-        pair = join_lora(projections, ends)
-        ranks.append(pair[1].shape[0] if pair else 0)
-        a, b = pair or (mx.zeros((1, 1)), mx.zeros((1, 1)))
-        arrays += [mx.contiguous(a.T).astype(dtype), (b * LORA_SCALE).astype(dtype)]
-        inputs.append(arrays)
-    if {kind[2] for kind in kinds} != {dtype} or len(kinds) > 1:
+    linears = [without_lora(matrix) for layer in model.layers for matrix in matrices(layer)]
+    kinds = {
+        (
+            getattr(linear, "bits", 0),
+            getattr(linear, "group_size", 1),
+            (linear.scales if isinstance(linear, nn.QuantizedLinear) else linear.weight).dtype,
+        )
+        for linear in linears
+    }
+    bits, group_size, dtype_of_one = kinds.pop()
+    if kinds or dtype_of_one != dtype:
         return None
-    ((bits, group_size, _),) = kinds
-    max_splits = 16  # parts of all positions, to each of which a block of threads attends
-    constants = {
+    return {
         "Number": {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}[dtype],
         "BITS": bits,
         "GROUP_SIZE": group_size,
@@ -1163,35 +1155,63 @@ def fused_layers(model: Model) -> Callable | None:
         "EPSILON": float(args.norm_eps),
         "THREADS": THREADS,
         "SHARED_MEMORY": SHARED_MEMORY,
-        "MAX_SPLITS": max_splits,
+        "MAX_SPLITS": MAX_SPLITS,
     }
-    code = compile_cuda(DECODER_LAYER, tuple(constants.items()))
+
+
+def kernel_inputs(layer: TransformerBlock) -> tuple[list[mx.array], int]:
+    """The arrays of a layer in the kernel's order, and how many ranks its LoRA matrices have."""
+    norms = [layer.attention_norm.weight, layer.ffn_norm.weight]
+    linears = [without_lora(matrix) for matrix in matrices(layer)]
+    parts = [list(linear.parameters().values()) for linear in linears]
+    # Scales and biases that there are not, nobody reads: the weights stand for them.
+    weights = [array for part in parts for array in (part * 3)[:3]]
+    projections = matrices(layer)[:3]
+    ends = np.cumsum([len(linear.weight) for linear in linears[:3]]).tolist()
+    pair = join_lora(projections, ends)
+    a, b = pair or (mx.zeros((1, 1)), mx.zeros((1, 1)))
+    lora = [mx.contiguous(a.T).astype(norms[0].dtype), (b * LORA_SCALE).astype(norms[0].dtype)]
+    return norms + weights + lora, len(b) if pair else 0
+
+
+def fused_layers(model: Model) -> Callable | None:
+    """What `separate_layers` gives, with one kernel a layer; None where no kernel fits the model.
+
+    Its code is made once in a process, in half a second to one. As the blocks of a kernel wait for
+    each other, and fill the GPU, no two of them may run at once.
+    """
+    if ON_CPU or not mx.cuda.is_available():
+        return None
+    constants = kernel_constants(model)
+    code = compile_cuda(DECODER_LAYER, tuple(constants.items())) if constants else None
     if not code:
         return None
+    args, dtype = model.args, model.norm.weight.dtype
+    layers = [kernel_inputs(layer) for layer in model.layers]
     frequencies = args.rope_theta ** (-np.arange(0, args.head_dim, 2) / args.head_dim)
     frequencies = mx.array(frequencies, mx.float32)
     arrived = mx.zeros(64, mx.uint32)  # one would lie in memory that MLX shares with the processor
-    mx.eval(inputs, frequencies, arrived)
+    mx.eval(layers, frequencies, arrived)
     blocks = n_multiprocessors()
-    n_outputs = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim  # of the projections
-    n_sums = args.n_heads * max_splits * (args.head_dim + 4)
+    n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
+    n_sums = args.n_heads * MAX_SPLITS * (args.head_dim + 4)
 
     @mx.compile
     def run(x: mx.array, position: mx.array, cache: list[list[mx.array]]) -> mx.array:
-        for arrays, rank, (keys, values) in zip(inputs, ranks, cache, strict=True):
+        for (arrays, ranks), (keys, values) in zip(layers, cache, strict=True):
             x, *_ = mx.fast.precompiled_cuda_kernel(
                 name="decoder_layer",
                 compiled_source=code,
                 inputs=[x, position, *arrays, keys, values, frequencies, arrived],
                 output_shapes=[
                     x.shape,
-                    (n_outputs + rank,),
+                    (n_projected + ranks,),
                     (n_sums,),
                     x.shape,
                     (args.hidden_dim,),
                 ],
                 output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype],
-                scalars=[rank, keys.shape[2]],
+                scalars=[ranks, keys.shape[2]],
                 grid=(blocks * THREADS, 1, 1),
                 threadgroup=(THREADS, 1, 1),
                 shared_memory=SHARED_MEMORY,
