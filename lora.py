@@ -753,6 +753,7 @@ def train(
     )
     log = TrainingLog(args.adapter_file, done_before, writes=ranks.rank == 0)
     model.grad_checkpoint = args.grad_checkpoint
+    limit = memory_limit()
     mx.reset_peak_memory()
     done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
     n_broken, saved = 0, True
@@ -810,9 +811,17 @@ def train(
         if any(ranks.add(len(caught))):
             raise Stopped(caught, args.iters)
     model.grad_checkpoint = False
+    mx.set_memory_limit(limit)
     if not saved:
         raise NotSaved(f"the adapters of the last step could not be saved to {args.adapter_file}")
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
+
+
+def memory_limit() -> int:
+    """MLX's limit in bytes, which it tells only when another is set."""
+    limit = mx.set_memory_limit(0)
+    mx.set_memory_limit(limit)
+    return limit
 
 
 class Stopped(Exception):
@@ -925,8 +934,8 @@ def make_step(
         result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
         if mx.cuda.is_available() and batch[0].shape[1] > longest:
-            # The first step of a length is compiled, so that its work does not queue up. The queue
-            # of later ones has no need of more memory: there MLX waits for the GPU.
+            # The first step of a length is compiled, so that its work does not queue up. Later ones
+            # get no more memory than the peak until then: rather than queue more, MLX waits.
             mx.eval(state)
             mx.set_memory_limit(mx.get_peak_memory())
             longest = batch[0].shape[1]

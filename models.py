@@ -627,7 +627,8 @@ class VectorProduct:
 class Decoder:
     """`model`, to go on behind the positions in `cache` with one token at a time, of one text.
 
-    The cache's arrays are written in place, so that nobody else should hold them.
+    The cache's arrays are written in place, so that nobody else should hold them. With CUDA, what
+    one decoder gave should be evaluated before another is called (see `fused_layers`).
     """
 
     def __init__(self, model: Model, cache: list[LayerCache] | None = None):
@@ -636,6 +637,7 @@ class Decoder:
         cache = cache or [(blank, blank, 0)] * args.n_layers
         self.cache = [[mx.contiguous(keys), mx.contiguous(values)] for keys, values, _ in cache]
         self.seen = cache[0][2]
+        self.last = self.cache  # what has to be there before the cache grows
         self.embed, self.norm = model.tok_embeddings, model.norm
         self.output = VectorProduct(model.output)
         self.run_layers = fused_layers(model) or separate_layers(model)
@@ -643,12 +645,12 @@ class Decoder:
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token behind `token`, (1, 1) integer."""
         if self.seen == self.cache[0][0].shape[2]:
-            mx.eval(token)  # and with it all that writes in place what is copied here
+            mx.eval(self.last)  # and with it all that writes in place what is copied here
             for arrays in self.cache:
                 arrays[:] = [with_room(array, self.seen, self.seen + 1) for array in arrays]
-        x = self.run_layers(self.embed(token), self.seen, self.cache)  # (1, 1, D)
+        self.last = self.run_layers(self.embed(token), self.seen, self.cache)  # (1, 1, D)
         self.seen += 1
-        return self.output(self.norm(x))[:, -1]
+        return self.output(self.norm(self.last))[:, -1]
 
 
 def separate_layers(model: Model) -> Callable:
@@ -757,6 +759,8 @@ struct alignas(16) Vector { Number values[VECTOR]; };
 struct alignas(CHANNELS * sizeof(Number)) Channels { Number values[CHANNELS]; };
 struct Matrix { const void* weight; const Number *scales, *biases; };
 
+using Count = unsigned long long;
+
 extern __shared__ Vector shared[];  // what matrices are multiplied by, and behind it its totals
 
 __device__ float sum_of_warp(float x) {
@@ -765,14 +769,13 @@ __device__ float sum_of_warp(float x) {
 }
 
 // All blocks wait here for each other.
-__device__ void meet(unsigned* arrived) {
+__device__ void meet(Count* arrived) {
     __syncthreads();
     if (threadIdx.x == 0) {
         __threadfence();
-        unsigned others = gridDim.x, now;
-        unsigned target = (atomicAdd(arrived, 1u) / others + 1) * others;
+        Count now, target = (atomicAdd(arrived, Count(1)) / gridDim.x + 1) * gridDim.x;
         do {
-            asm volatile("ld.acquire.gpu.u32 %0, [%1];" : "=r"(now) : "l"(arrived) : "memory");
+            asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(now) : "l"(arrived) : "memory");
         } while (now < target);
     }
     __syncthreads();
@@ -1014,11 +1017,12 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     const void* w2, const Number* w2_scales, const Number* w2_biases,
     const void* w3, const Number* w3_scales, const Number* w3_biases,
     const Number* lora_a, const Number* lora_b, Number* keys, Number* values,
-    const float* frequencies, unsigned* arrived,
+    const float* frequencies, Count* arrived, const Number* before,
     Number* out, float* heads, float* parts, Number* middle, Number* hidden,
     int ranks, int capacity
 ) {
-    // Warp by warp, the blocks take turns with the rows of a matrix.
+    // `before`, of the last token, is only waited for. Warp by warp, the blocks take turns with the
+    // rows of a matrix.
     int lane = threadIdx.x % LANES, block = blockIdx.x, blocks = gridDim.x, seen = *position;
     int first = threadIdx.x / LANES * blocks + block, step = WARPS * blocks;
 
@@ -1115,11 +1119,11 @@ def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> byte
     return code.raw
 
 
-def n_multiprocessors() -> int:
-    """How many blocks of threads work side by side on the GPU where each fills a multiprocessor."""
-    count, attribute = ctypes.c_int(), 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(count), attribute, 0)
-    return count.value
+def cuda_attribute(number: int) -> int:
+    """A property of the GPU, numbered as `CUdevice_attribute` of CUDA's driver."""
+    value = ctypes.c_int()
+    ctypes.CDLL("libcuda.so.1").cuDeviceGetAttribute(ctypes.byref(value), number, 0)
+    return value.value
 
 
 def matrices(layer: TransformerBlock) -> tuple[nn.Module, ...]:
@@ -1129,7 +1133,9 @@ def matrices(layer: TransformerBlock) -> tuple[nn.Module, ...]:
 
 
 def kernel_constants(model: Model) -> dict[str, object] | None:
-    """What the kernel's code knows of the model; None where matrices differ in kind."""
+    """What the kernel's code knows of the model; None where it has matrices of several kinds, or
+    LoRA behind attention.
+    """
     args, dtype = model.args, model.norm.weight.dtype
     linears = [without_lora(matrix) for layer in model.layers for matrix in matrices(layer)]
     kinds = {
@@ -1141,7 +1147,8 @@ def kernel_constants(model: Model) -> dict[str, object] | None:
         for linear in linears
     }
     bits, group_size, dtype_of_one = kinds.pop()
-    if kinds or dtype_of_one != dtype:
+    adapted = [matrix for layer in model.layers for matrix in matrices(layer)[3:]]
+    if kinds or dtype_of_one != dtype or any(isinstance(m, LoRALinear) for m in adapted):
         return None
     return {
         "Number": {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}[dtype],
@@ -1182,7 +1189,8 @@ def fused_layers(model: Model) -> Callable | None:
     """
     if ON_CPU or not mx.cuda.is_available():
         return None
-    constants = kernel_constants(model)
+    n_multiprocessors, shared_memory = cuda_attribute(16), cuda_attribute(97)  # of a block, at most
+    constants = kernel_constants(model) if shared_memory >= SHARED_MEMORY + 17_000 else None
     code = compile_cuda(DECODER_LAYER, tuple(constants.items())) if constants else None
     if not code:
         return None
@@ -1190,19 +1198,20 @@ def fused_layers(model: Model) -> Callable | None:
     layers = [kernel_inputs(layer) for layer in model.layers]
     frequencies = args.rope_theta ** (-np.arange(0, args.head_dim, 2) / args.head_dim)
     frequencies = mx.array(frequencies, mx.float32)
-    arrived = mx.zeros(64, mx.uint32)  # one would lie in memory that MLX shares with the processor
+    arrived = mx.zeros(64, mx.uint64)  # one would lie in memory that MLX shares with the processor
     mx.eval(layers, frequencies, arrived)
-    blocks = n_multiprocessors()
     n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     n_sums = args.n_heads * MAX_SPLITS * (args.head_dim + 4)
 
     @mx.compile
-    def run(x: mx.array, position: mx.array, cache: list[list[mx.array]]) -> mx.array:
+    def run(
+        x: mx.array, position: mx.array, cache: list[list[mx.array]], before: mx.array
+    ) -> mx.array:
         for (arrays, ranks), (keys, values) in zip(layers, cache, strict=True):
             x, *_ = mx.fast.precompiled_cuda_kernel(
                 name="decoder_layer",
                 compiled_source=code,
-                inputs=[x, position, *arrays, keys, values, frequencies, arrived],
+                inputs=[x, position, *arrays, keys, values, frequencies, arrived, before],
                 output_shapes=[
                     x.shape,
                     (n_projected + ranks,),
@@ -1212,10 +1221,17 @@ def fused_layers(model: Model) -> Callable | None:
                 ],
                 output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype],
                 scalars=[ranks, keys.shape[2]],
-                grid=(blocks * THREADS, 1, 1),
+                grid=(n_multiprocessors * THREADS, 1, 1),
                 threadgroup=(THREADS, 1, 1),
                 shared_memory=SHARED_MEMORY,
             )
         return x
 
-    return lambda x, seen, cache: run(x, mx.array(seen), cache)
+    before = mx.zeros((1, 1, args.dim), dtype)
+
+    def run_layers(x: mx.array, seen: int, cache: list[list[mx.array]]) -> mx.array:
+        nonlocal before  # what the last token's layers gave, so that those of this one come after
+        before = run(x, mx.array(seen), cache, before)
+        return before
+
+    return run_layers

@@ -55,7 +55,7 @@ static_assert(THREADS == 64);
 
 void __syncthreads() { block.arrive_and_wait(); }
 void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-unsigned atomicAdd(unsigned* to, unsigned n) { return std::atomic_ref(*to).fetch_add(n); }
+template <class T> T atomicAdd(T* to, T n) { return std::atomic_ref(*to).fetch_add(n); }
 float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 float __expf(float x) { return std::exp(x); }
 float rsqrtf(float x) { return 1 / std::sqrt(x); }
@@ -145,7 +145,8 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[int]:
     monkeypatch.setattr(models, "ON_CPU", False)
     monkeypatch.setattr(models, "THREADS", THREADS)
     monkeypatch.setattr(models, "compile_cuda", compile_with_gxx)
-    monkeypatch.setattr(models, "n_multiprocessors", lambda: N_BLOCKS)
+    attributes = {16: N_BLOCKS, 97: 100_000}
+    monkeypatch.setattr(models, "cuda_attribute", attributes.get)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
