@@ -62,7 +62,8 @@ elif mx.cuda.is_available():
 LORA_SCALE = 2.0
 CACHE_STEP = 256  # positions by which the key-value cache grows
 THREADS = 512  # of a block of CUDA's
-SHARED_MEMORY = 80_000  # bytes that they share
+SHARED_MEMORY = 80_000  # bytes that they share, beside those of attention
+ATTENTION_MEMORY = 17_000  # what that takes, up to a head_dim of 256
 MAX_SPLITS = 16  # parts of all positions, to each of which a block attends
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
@@ -266,13 +267,18 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
     return mx.concatenate(blocks, axis=2)
 
 
+def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
+    """The angles (head_dim / 2) by which a position turns each pair of channels."""
+    return theta ** (-np.arange(0, head_dim, 2) / head_dim)
+
+
 @lru_cache(maxsize=2)
 def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
     """Cosines and sines (length, 1, head_dim) of the angles by which positions from `offset` on are
     turned.
     """
-    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
-    angles = np.arange(offset, offset + length)[:, None, None] * frequencies.repeat(2)
+    frequencies = rotary_frequencies(head_dim, theta).repeat(2)
+    angles = np.arange(offset, offset + length)[:, None, None] * frequencies
     return mx.array(np.cos(angles), mx.float32), mx.array(np.sin(angles), mx.float32)
 
 
@@ -1190,14 +1196,14 @@ def fused_layers(model: Model) -> Callable | None:
     if ON_CPU or not mx.cuda.is_available():
         return None
     n_multiprocessors, shared_memory = cuda_attribute(16), cuda_attribute(97)  # of a block, at most
-    constants = kernel_constants(model) if shared_memory >= SHARED_MEMORY + 17_000 else None
+    has_room = shared_memory >= SHARED_MEMORY + ATTENTION_MEMORY
+    constants = kernel_constants(model) if has_room else None
     code = compile_cuda(DECODER_LAYER, tuple(constants.items())) if constants else None
     if not code:
         return None
     args, dtype = model.args, model.norm.weight.dtype
     layers = [kernel_inputs(layer) for layer in model.layers]
-    frequencies = args.rope_theta ** (-np.arange(0, args.head_dim, 2) / args.head_dim)
-    frequencies = mx.array(frequencies, mx.float32)
+    frequencies = mx.array(rotary_frequencies(args.head_dim, args.rope_theta), mx.float32)
     arrived = mx.zeros(64, mx.uint64)  # one would lie in memory that MLX shares with the processor
     mx.eval(layers, frequencies, arrived)
     n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
