@@ -744,10 +744,10 @@ def train(
     each after saving, and OSError when the last save failed.
     """
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
-    step = make_step(model, optimizer, loss, streams, ranks)
     identity = describe_run(train_set, tokenizer, args)
     resuming = args.resume_adapter_file is not None
     done_before = restore(model, optimizer, identity, args, ranks) if resuming else 0
+    step = make_step(model, optimizer, loss, streams, ranks)
     batches = iterate_batches(
         train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
     )
@@ -890,7 +890,7 @@ def make_step(
 ) -> Callable:
     """A function that trains on a batch, and gives its mean loss, its number of tokens, whether
     loss and gradients were finite, and whether any rank was `stopping` when it called it. If they
-    were not finite, it changes nothing.
+    were not finite, it changes nothing. It goes on from the matrices and moments of this moment.
 
     The rows of a batch are shared out to the ranks and `streams`, and gradients joined by tokens:
     one vector of float32 travels, of the gradients and three numbers more. What the function
@@ -1222,6 +1222,7 @@ def restore(
         saved_identity = json.loads(str(state["run"]))
         iteration, files = int(state["iteration"]), set(state["files"].tolist())
         matrices = saved("adapter", model.trainable_parameters())
+        optimizer.init({"lora": to_vector(model.trainable_parameters())})
         moments = saved("optimizer", optimizer.state)
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}); {instead}") from error

@@ -90,6 +90,31 @@ def test_a_run_killed_at_random_moments_ends_with_the_adapters_of_one_never_kill
     assert adapter.read_bytes() == uninterrupted
 
 
+def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_from_the_state(
+    flags, uninterrupted, tmp_path
+):
+    adapter = tmp_path / "adapters.npz"
+    script = (
+        "import lora, os, signal\n"
+        "replace, n_saved = os.replace, 0\n"
+        "def kill_at_the_fifth(source, target):\n"
+        "    global n_saved\n"
+        "    n_saved += str(target).endswith('adapters.npz')\n"
+        "    if n_saved == 5:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(source, target)\n"
+        "os.replace = kill_at_the_fifth\n"
+        "lora.main()\n"
+    )
+    command = [sys.executable, "-c", script, *flags, "--adapter-file", adapter]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    process = run_script("lora.py", *resume(flags, adapter))
+    assert process.returncode == 0, process.stderr
+    assert "The run goes on behind iteration 5" in process.stdout
+    assert adapter.read_bytes() == uninterrupted
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_a_step_and_says_how_to_go_on(
     flags, uninterrupted, tmp_path, signum, status
