@@ -78,6 +78,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
@@ -141,20 +142,17 @@ def open_checkpoint(folder: Path) -> tuple[Path, dict, Tensors]:
     Raises FileNotFoundError, or ValueError when the files are damaged or of another architecture.
     """
     params, config = folder / "params.json", folder / "config.json"
-    if parts := sorted(folder.glob("consolidated.*.pth")):
+    if parts := sorted(folder.glob("consolidated.[0-9][0-9].pth")):
         for i in range(int(parts[-1].suffixes[-2][1:]) + 1):
             find_file(folder / f"consolidated.{i:02}.pth")
         return params, read_params(params), gather(map(open_torch, parts))
     if (single := folder / "consolidated.safetensors").is_file():
         return params, read_params(params), gather([open_safetensors(single)])
-    for pattern, open_file in (
-        ("model*.safetensors", open_safetensors),
-        ("pytorch_model*.bin", open_torch),
+    for whole, open_file in (
+        (folder / "model.safetensors", open_safetensors),
+        (folder / "pytorch_model.bin", open_torch),
     ):
-        if parts := sorted(folder.glob(pattern)):
-            for index in folder.glob(f"{pattern}.index.json"):
-                for name in set(read_json(index).get("weight_map", {}).values()):
-                    find_file(folder / name)
+        if parts := hugging_face_files(whole):
             return config, *from_hugging_face(read_json(config), gather(map(open_file, parts)))
     beside = os.listdir(folder.parent) if folder.parent.is_dir() and not folder.exists() else []
     close = difflib.get_close_matches(folder.name, beside, n=1)
@@ -163,6 +161,23 @@ def open_checkpoint(folder: Path) -> tuple[Path, dict, Tensors]:
         f"{folder} holds no checkpoint{meant}: --torch-path takes a folder with "
         "consolidated.00.pth, consolidated.safetensors, model*.safetensors or pytorch_model*.bin"
     )
+
+
+def hugging_face_files(whole: Path) -> list[Path]:
+    """The files that hold a model, as transformers chooses them: the `whole` one, or those that
+    its index names. Where there is neither, all that are named like its parts.
+
+    Raises FileNotFoundError, or ValueError when the index is malformed.
+    """
+    index = whole.with_name(f"{whole.name}.index.json")
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return sorted(whole.parent.glob(f"{whole.stem}*{whole.suffix}"))
+    named = read_json(index).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise ValueError(f"{index} does not name the file of each tensor")
+    return [find_file(whole.parent / name) for name in sorted(set(named.values()))]
 
 
 def find_file(path: Path) -> Path:
@@ -193,10 +208,13 @@ def open_torch(path: Path) -> dict[str, Stored]:
     except Exception as error:  # a damaged archive raises almost anything
         reason = str(error).split("\n")[0]
         raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
+    names_tensors = isinstance(state, dict) and all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    )
+    if not names_tensors:
         raise ValueError(f"{path} does not hold tensors by name")
     return {
-        name: Stored(tuple(tensor.shape), lambda name=name: load()[name])
+        name: Stored(tuple(tensor.shape), lambda name=name: load()[name].detach())
         for name, tensor in state.items()
     }
 
@@ -244,6 +262,8 @@ def read_params(path: Path) -> dict:
 def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     """Hugging Face's config and tensors as Meta's. Raises ValueError for what cannot be run."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json: {rope!r} does not describe RoPE")
     kind = rope.get("rope_type", rope.get("type", "default"))
     for wrong, reason in (
         ("num_local_experts" in config, "a mixture of experts"),
@@ -257,6 +277,9 @@ def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     ):
         if wrong:
             raise ValueError(f"config.json: {reason} is not supported")
+    for name, parts in tensors.items():
+        if len(parts) > 1:
+            raise ValueError(f"{name} is in more than one file: leave only those of this model")
     known = {ours: config.get(theirs) for ours, theirs in HUGGING_FACE_CONFIG.items()}
     known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
     known["sliding_window"] = config.get("sliding_window")
@@ -364,13 +387,13 @@ def read_weights(
         axis = split_axis(name, tensors[name], shape)
         try:
             parts = [part.read() for part in tensors[name][: None if axis is not None else 1]]
+            half = (parts[0] if axis is None else torch.cat(parts, axis)).to(torch.float16)
+            array = half.numpy()
         except Exception as error:
             raise ValueError(f"{name} cannot be read ({str(error).splitlines()[0]})") from error
-        tensor = parts[0] if axis is None else torch.cat(parts, axis)
-        half = tensor.to(torch.float16)
         if not all(map(torch.isfinite, torch.aminmax(half))):
             raise ValueError(f"{name} holds values that are not finite in float16")
-        yield name, half.numpy()
+        yield name, array
 
 
 def ahead(items: Iterable) -> Iterator:
@@ -536,6 +559,8 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     """
     exists = target.exists()
     staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
+    if staged.exists() and not set(os.listdir(staged)) <= set(FILES):
+        raise ValueError(f"{staged} is in the way, where the model is first written: move it")
     shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
     staged.mkdir(parents=True)
     try:
@@ -573,18 +598,21 @@ def fail(error: BaseException, status: int) -> NoReturn:
 
 
 def main() -> None:
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     args = build_parser().parse_args()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clean up
     try:
         convert(Path(args.torch_path), Path(args.mlx_path), args)
+        size = sum((Path(args.mlx_path) / name).stat().st_size for name in FILES)
+        print(f"Wrote {args.mlx_path}, {size / 1e6:.0f} MB", flush=True)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError) as error:
         fail(error, 1)  # the machine failed
-    size = sum((Path(args.mlx_path) / name).stat().st_size for name in FILES)
-    print(f"Wrote {args.mlx_path}, {size / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":

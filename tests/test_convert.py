@@ -372,6 +372,40 @@ def test_every_layout_of_one_model_gives_the_same_bytes(write, tmp_path):
         assert (tmp_path / "other-mlx" / name).read_bytes() == expected
 
 
+def test_other_files_of_the_folder_are_no_part_of_the_model(hugging_face, tmp_path):
+    write_checkpoint(tmp_path / "meta", checkpoint_tensors(), META)
+    assert run(tmp_path / "meta", tmp_path / "meta-mlx").returncode == 0
+    other = {name: tensor + 1 for name, tensor in checkpoint_tensors().items()}
+    torch.save(other, tmp_path / "meta" / "consolidated.00.bak.pth")
+    assert run(tmp_path / "meta", tmp_path / "meta-again").returncode == 0
+    assert contents(tmp_path / "meta-again") == contents(tmp_path / "meta-mlx")
+
+    folder = shutil.copytree(hugging_face[0], tmp_path / "hf")
+    assert run(folder, tmp_path / "hf-mlx").returncode == 0
+    tensors = {}
+    for path in folder.glob("model-*.safetensors"):
+        tensors.update(safetensors.torch.load_file(path))
+    stale = {name: tensor + 1 for name, tensor in tensors.items()}
+    safetensors.torch.save_file(stale, folder / "model-0-old.safetensors")  # the index knows it not
+    assert run(folder, tmp_path / "hf-again").returncode == 0
+    assert contents(tmp_path / "hf-again") == contents(tmp_path / "hf-mlx")
+
+    (folder / "model.safetensors.index.json").rename(tmp_path / "index.json")
+    assert "is in more than one file" in error_of(run(folder, tmp_path / "none"))
+
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")  # which stands for itself
+    assert run(folder, tmp_path / "hf-whole").returncode == 0
+    assert contents(tmp_path / "hf-whole") == contents(tmp_path / "hf-mlx")
+
+
+def test_parameters_are_tensors(checkpoint, tmp_path):
+    assert run(checkpoint, tmp_path / "one").returncode == 0
+    parameters = {name: torch.nn.Parameter(t) for name, t in checkpoint_tensors().items()}
+    torch.save(parameters, checkpoint / "consolidated.00.pth")
+    assert run(checkpoint, tmp_path / "two").returncode == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
 def test_the_logits_are_those_of_transformers_on_the_same_folder(hugging_face, tmp_path):
     folder, reference = hugging_face
     assert run(folder, tmp_path / "mlx").returncode == 0
@@ -409,6 +443,7 @@ def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
         ({"attention_bias": True}, "biases"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "scaled RoPE (llama3)"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "(linear)"),
+        ({"rope_parameters": "linear"}, "'linear' does not describe RoPE"),
         ({"hidden_act": "gelu"}, "activation gelu"),
         ({"num_hidden_layers": "3"}, "config.json: n_layers is '3', not a positive int"),
     ],
@@ -456,6 +491,9 @@ def test_a_part_that_is_missing_is_named(tmp_path):
     lost = sorted((tmp_path / "hf").glob("model-*.safetensors"))[-1]
     lost.unlink()
     assert f"{lost.name} is missing" in error_of(run(tmp_path / "hf", tmp_path / "mlx"))
+    (tmp_path / "hf" / "model.safetensors.index.json").write_text('{"weight_map": {"norm": 1}}')
+    says = error_of(run(tmp_path / "hf", tmp_path / "mlx"))
+    assert "index.json does not name the file of each tensor" in says
     write_shards(4, 0)(tmp_path / "shards")
     (tmp_path / "shards" / "consolidated.03.pth").unlink()  # the last: only the shapes can tell
     assert "has the shape" in error_of(run(tmp_path / "shards", tmp_path / "mlx"))
@@ -504,6 +542,20 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
     assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))
+
+
+def test_a_folder_that_is_none_of_ours_is_left_alone(checkpoint, tmp_path):
+    staged = checkpoint.rename(tmp_path / "mlx.unfinished")
+    before = contents(staged)
+    assert "mlx.unfinished is in the way" in error_of(run(staged, tmp_path / "mlx"))
+    assert contents(staged) == before
+
+
+def test_names_that_the_terminal_lacks_are_printed_with_question_marks(checkpoint, tmp_path):
+    flags = "--torch-path", checkpoint, "--mlx-path", tmp_path / "é"
+    process = run_script("convert.py", *flags, PYTHONIOENCODING="ascii")
+    assert process.returncode == 0, process.stderr
+    assert "/?, " in process.stdout
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
