@@ -77,8 +77,10 @@ def import_modules(package: str, left_out: set[str], tell: Callable[..., None]) 
     queue = deque([root])
     while queue:
         parent = queue.popleft()
-        for found in pkgutil.iter_modules(getattr(parent, "__path__", [])):
-            name = f"{parent.__name__}.{found.name}"
+        # What a module says of itself, not what its `__getattr__` makes up.
+        attributes = vars(parent) if is_a(parent, ModuleType) else {}
+        for found in pkgutil.iter_modules(attributes.get("__path__", [])):
+            name = f"{attributes['__name__']}.{found.name}"
             if NOT_IMPORTED.fullmatch(found.name) or name in left_out:
                 continue
             tell("import", name)
@@ -108,8 +110,15 @@ def attribute(value: object, name: str) -> object:
 
 
 def public_members(owner: object) -> Iterator[tuple[str, object]]:
-    """Names and values that a module or class holds itself, nothing private or inherited."""
-    for name, value in sorted(vars(owner).items(), key=lambda item: item[0]):
+    """Names and values that a module or class holds itself, nothing private or inherited; of a
+    module also what its `__all__` names, which may be made when it is first asked for.
+    """
+    members = {name: value for name, value in vars(owner).items() if is_a(name, str)}
+    listed = members.get("__all__") if is_a(owner, ModuleType) else ()
+    for name in listed if is_a(listed, (list, tuple)) else ():
+        if is_a(name, str) and name not in members:
+            members[name] = attribute(owner, name)
+    for name, value in sorted(members.items(), key=lambda item: item[0]):
         if not name.startswith("_"):
             yield name, value.__func__ if is_a(value, (classmethod, staticmethod)) else value
 
@@ -141,7 +150,7 @@ def own_docstring(value: object) -> str | None:
 def is_generated(docstring: str, value: type) -> bool:
     """Whether Python wrote a class's docstring, as for data classes and named tuples."""
     signature = re.escape(value.__name__) + r"\(.*\)( -> None)?"
-    return bool(re.fullmatch(signature, docstring, re.DOTALL))
+    return "\n\n" not in docstring and bool(re.fullmatch(signature, docstring, re.DOTALL))
 
 
 def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
@@ -175,15 +184,16 @@ def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
 
 def home(value: object) -> str:
     """The dotted name under which an object was defined, as far as it knows."""
-    return f"{attribute(value, '__module__')}.{attribute(value, '__qualname__')}"
+    parts = attribute(value, "__module__"), attribute(value, "__qualname__")
+    return ".".join(part for part in parts if is_a(part, str))
 
 
 def find_records(package: ModuleType) -> Iterator[Record]:
     """A record, with its docstring made fit to learn from, of each documented object."""
     for name, dotted_name, value in find_objects(package):
-        docstring = own_docstring(value)
+        docstring = clean(own_docstring(value) or "")
         if docstring:
-            yield Record(package.__name__, name, dotted_name, clean(docstring))
+            yield Record(package.__name__, name, dotted_name, docstring)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -193,7 +203,11 @@ def find_records(package: ModuleType) -> Iterator[Record]:
 def read_package(package: str, left_out: set[str], connection: Connection) -> None:
     """What such a process does: send what it imports, what it skips, and batches of records."""
 
+    reader = os.getpid()
+
     def tell(*message: object) -> None:
+        if os.getpid() != reader:
+            os._exit(0)  # a module has forked: one of the two goes on
         connection.send(message)
 
     be_alone()
@@ -293,7 +307,7 @@ def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) 
 
 ROLE = re.compile(r":[\w:+.-]+:`([^`]*)`")
 # A directive, what stands behind it, and its options.
-DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::[ \t]*(.*)((?:\n +:[\w-]+:.*)*)$", re.MULTILINE)
+DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::[ \t]*(.*)((?:\n\1 +:[\w-]+:.*)*)$", re.MULTILINE)
 SHOWN_AS = {"versionadded": "New in version", "versionchanged": "Changed in version"}
 SHOWN_AS |= {"deprecated": "Deprecated since version"}
 NOT_SHOWN = {"code", "code-block", "sourcecode", "highlight", "currentmodule", "module", "plot"}
@@ -385,7 +399,8 @@ class Spool:
 def split(lines: list[Line]) -> dict[str, list[Line]]:
     """Share the records out to the files of DATASET; the same records give the same files.
 
-    Records with one docstring stay together, so that none is both trained on and tested.
+    Records with one docstring stay together, so that none is both trained on and tested. Where
+    such groups are few, a file may stay empty.
     """
     groups = {}
     for line in sorted(lines):
@@ -396,8 +411,8 @@ def split(lines: list[Line]) -> dict[str, list[Line]]:
     held_out = max(1, round(TEST_SET_SIZE * len(lines)))
     files = {name: [] for name in DATASET}
     for group in shuffled:
-        name = next((n for n in ("test.jsonl", "valid.jsonl") if len(files[n]) < held_out), None)
-        files[name or "train.jsonl"] += group
+        fits = (n for n in ("test.jsonl", "valid.jsonl") if len(files[n]) + len(group) <= held_out)
+        files[next(fits, "train.jsonl")] += group
     return files
 
 
@@ -423,6 +438,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
@@ -436,6 +452,9 @@ def create_dataset(
     """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
+    for name in DATASET:
+        if (folder / name).is_dir():
+            raise IsADirectoryError(f"{folder / name} is a folder: move it, or name another")
     count_tokens = load_tokenizer(tokenizer) if tokenizer else None
     packages = list(dict.fromkeys(packages))
     with tempfile.TemporaryFile() as file:
@@ -446,12 +465,13 @@ def create_dataset(
                 spool.take(records)
 
         skipped = read_all(packages, take, processes)
-        if len(spool.lines) < 3:
+        files = split(spool.lines)
+        if not all(files.values()):
+            n_different = len({line.docstring for line in spool.lines})
             raise ValueError(
-                f"{', '.join(packages)} gave {len(spool.lines)} docstrings, too few for three "
+                f"{', '.join(packages)} gave {n_different} different docstrings, too few for three "
                 f"files: name installed packages{says(skipped)}"
             )
-        files = split(spool.lines)
         folder.mkdir(parents=True, exist_ok=True)
         write_files(files, spool, folder)
     for module, reason in sorted(skipped.items()):
@@ -541,6 +561,9 @@ def main() -> None:
         help="packages to read at a time (default: as many as there are cores)",
     )
     parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     args = parser.parse_args()
     if args.processes < 1:
         parser.error("--processes is at least 1")
@@ -548,7 +571,7 @@ def main() -> None:
         create_dataset(args.packages, Path(args.data_folder), args.processes, args.tokenizer)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
+    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         fail(error, 2)  # the user can mend it
     except (OSError, MemoryError, RuntimeError) as error:
         fail(error, 1)  # the machine failed

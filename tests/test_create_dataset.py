@@ -252,6 +252,8 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
         ("Calls <function f at 0x7f03ab>.", "Calls <function f>."),
         (".. code-block:: python\n   :linenos:\n\n   f(x)", "f(x)"),
         ("Text.\n\n.. versionadded:: 1.2", "Text.\n\nNew in version 1.2"),
+        ("A.\n\n  .. versionadded:: 1\n  :returns: x", "A.\n\n  New in version 1\n  :returns: x"),
+        (".. currentmodule:: mlx", ""),
     ],
 )
 def test_docstrings_are_cleaned(docstring, cleaned):
@@ -452,8 +454,69 @@ def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
     process = run(tmp_path, "no_such_package", "--data-folder", tmp_path / "data")
     assert process.returncode == 2
     assert process.stderr.splitlines() == [
-        "cwk_create_dataset.py: error: no_such_package gave 0 docstrings, too few for three files: "
-        "name installed packages (skipped no_such_package: ModuleNotFoundError: No module named "
-        "'no_such_package')"
+        "cwk_create_dataset.py: error: no_such_package gave 0 different docstrings, too few for "
+        "three files: name installed packages (skipped no_such_package: "
+        "ModuleNotFoundError: No module named 'no_such_package')"
     ]
     assert not (tmp_path / "data").exists()
+
+
+def test_odd_modules_and_objects_cost_no_other(tmp_path):
+    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    make_package(
+        tmp_path,
+        "odd",
+        lazy="_made = {}\ndef __getattr__(name):\n    return _made[name]",
+        willing="def __getattr__(name):\n    return name",
+        numbers="globals()[7] = 8",
+        absent="import sys\nsys.modules[__name__] = object()",
+        named="class Name:\n    def __format__(self, _):\n        raise RuntimeError\n"
+        "class Odd:\n    def __call__(self):\n        pass\n"
+        "odd = Odd()\nodd.__module__ = __name__\nodd.__qualname__ = Name()",
+        forks="import os\nos.fork()",
+        emptied='def nothing():\n    ".. currentmodule:: odd"',
+        good=functions,
+    )
+    process = run(tmp_path, "odd", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    texts = [text for file in read(tmp_path / "data").values() for text in file]
+    assert sorted(text.split()[7] for text in texts) == [f"odd.good.f{i}" for i in range(5)]
+
+
+def test_what_a_module_makes_when_it_is_asked_for_has_its_short_name(tmp_path):
+    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    lazily = (
+        "import importlib\n__all__ = ['f1', 'f2', 'broken']\n"
+        "def __getattr__(name):\n"
+        "    return getattr(importlib.import_module('lazy.deep'), name)"
+    )
+    make_package(tmp_path, "lazy", __init__=lazily, deep=functions)
+    process = run(tmp_path, "lazy", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    names = {text.split()[7] for file in read(tmp_path / "data").values() for text in file}
+    assert names == {"lazy.f1", "lazy.f2", "lazy.deep.f0", "lazy.deep.f3", "lazy.deep.f4"}
+
+
+def test_a_docstring_that_begins_with_a_signature_is_one(tmp_path):
+    classes = "".join(
+        f'class C{i}:\n    """C{i}(x)\n\n    Example {i}:\n\n    >>> C{i}(1)\n    C{i}(1)"""\n\n'
+        for i in range(4)
+    )
+    make_package(tmp_path, "signed", __init__=classes)
+    process = run(tmp_path, "signed", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    assert sum(map(len, read(tmp_path / "data").values())) == 4
+
+
+def test_equal_docstrings_do_not_fill_what_is_held_out(tmp_path):
+    same = "".join(f'def same{i}():\n    "All the same."\n\n' for i in range(30))
+    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(30))
+    make_package(tmp_path, "alike", __init__=same + functions)
+    process = run(tmp_path, "alike", "--data-folder", tmp_path / "data")
+    assert process.returncode == 0, process.stderr
+    assert [len(file) for file in read(tmp_path / "data").values()] == [48, 6, 6]
+
+    make_package(tmp_path, "one", __init__=same)
+    process = run(tmp_path, "one", "--data-folder", tmp_path / "none")
+    assert process.returncode == 2
+    assert "one gave 1 different docstrings, too few for three files" in process.stderr
