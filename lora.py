@@ -77,6 +77,7 @@ class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
+        message = " ".join(message.split())
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
 
@@ -188,7 +189,7 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:
         raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
-    if args.resume_adapter_file and not args.train:
+    if args.resume_adapter_file is not None and not args.train:
         raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
     if not writes:
         return
@@ -197,7 +198,7 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     if args.train and Path(args.adapter_file).is_dir():
         raise IsADirectoryError(f"--adapter-file {args.adapter_file} is a folder: name a file")
     adapter = adapter_to_load(args)
-    if adapter and not Path(adapter).is_file():
+    if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(
             f"there is no adapter file {adapter}{similar(adapter)}: make one with --train, "
             "or give --no-adapter for the base model alone"
@@ -1491,7 +1492,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     sets, model, tokenizer = prepare_alike(ranks, prepare, partial(describe_input, args))
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
-    if adapter:
+    if adapter is not None:
         load_adapter(model, adapter, ranks)
     elif args.train:
         add_lora(model, top_layers(model, args.lora_layers))
@@ -1591,8 +1592,8 @@ COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, Key
 
 
 def main() -> None:
-    if sys.stdout is None:  # closed by whoever called
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open to the end
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     try:
         if launched_rank():  # for all ranks but the first

@@ -646,6 +646,7 @@ def error_of(*flags) -> str:
         (["--train", "--no-adapter"], "--no-adapter is for --test and --prompt"),
         (["--test", "--resume-adapter-file", "a.npz"], "--resume-adapter-file goes with --train"),
         (["--prompt", "hi", "--adapter-file", "no.npz"], "no adapter file no.npz: make one with"),
+        (["--prompt", "hi", "--adapter-file", ""], "no adapter file : make one with"),
         (["--train", "--adapter-file", "no/a.npz"], "folder of --adapter-file no/a.npz does not"),
         (["--prompt", "hi", "--no-adapter", "--model", "nowhere"], "nowhere/params.json is"),
         (["--prompt", "\udcff"], "--prompt is not valid UTF-8"),
