@@ -186,7 +186,7 @@ def cross_entropy_on_cpu_vjp(
 ) -> tuple[mx.array, mx.array]:
     (_, targets), (weights, *_), (_, powers, total) = primals, cotangents, outputs
     gradient = (powers * (weights[..., None] / total)).flatten()
-    at_targets = mx.arange(targets.size) * powers.shape[-1] + targets.flatten()
+    at_targets = mx.arange(targets.size, dtype=mx.int64) * powers.shape[-1] + targets.flatten()
     gradient = gradient.at[at_targets].subtract(weights.flatten())
     return gradient.reshape(powers.shape), mx.zeros_like(targets)
 
