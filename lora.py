@@ -752,7 +752,8 @@ def train(
     batches = iterate_batches(
         train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
     )
-    log = TrainingLog(args.adapter_file, done_before, writes=ranks.rank == 0)
+    entries = read_log(args.resume_adapter_file, done_before) if done_before else []
+    log = TrainingLog(args.adapter_file, entries, writes=ranks.rank == 0)
     model.grad_checkpoint = args.grad_checkpoint
     limit = memory_limit()
     mx.reset_peak_memory()
@@ -995,10 +996,15 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def partial_file(path: str | Path) -> Path:
+    """Where a file is first written."""
+    return Path(f"{path}.partial")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and not before."""
-    beside = Path(f"{path}.partial")
+    beside = partial_file(path)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -1013,19 +1019,15 @@ class TrainingLog:
     """The figures of a run, beside its adapters: `adapters.log.jsonl`, one object a report or
     validation, and `adapters.png`, the curves of the losses, drawn at each validation.
 
-    A run that goes on behind iteration `done_before` goes on in the same files. What cannot be
-    written is a warning: the training is worth more. Where it is not the one that `writes`, it does
-    nothing.
+    It begins with the `entries` of the run that this one goes on with. What cannot be written is a
+    warning: the training is worth more. Where it is not the one that `writes`, it does nothing.
     """
 
-    def __init__(self, adapter_file: str | Path, done_before: int, writes: bool = True):
+    def __init__(self, adapter_file: str | Path, entries: list[dict], writes: bool = True):
         self.writes = writes
-        self.file = Path(adapter_file).with_suffix(".log.jsonl")
+        self.file = log_file(adapter_file)
         self.picture = Path(adapter_file).with_suffix(".png")
-        self.entries = []
-        if done_before and self.file.is_file():
-            entries = filter(None, map(parse_entry, self.file.read_bytes().splitlines()))
-            self.entries = [entry for entry in entries if entry["iteration"] <= done_before]
+        self.entries = entries
         self._write("w", self.entries)
 
     def training(
@@ -1100,6 +1102,18 @@ class TrainingLog:
                 figure.savefig(file, format="png", dpi=120)
         except OSError as error:
             warn(f"{self.picture} could not be written: {error}")
+
+
+def log_file(adapter_file: str | Path) -> Path:
+    """`adapters.log.jsonl` for `adapters.npz`."""
+    return Path(adapter_file).with_suffix(".log.jsonl")
+
+
+def read_log(adapter_file: str | Path, last: int) -> list[dict]:
+    """The entries beside an adapter file up to iteration `last`; none where there is no log."""
+    file = log_file(adapter_file)
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [entry for entry in map(parse_entry, lines) if entry and entry["iteration"] <= last]
 
 
 def parse_entry(line: bytes) -> dict | None:
@@ -1189,10 +1203,28 @@ def save(
     with replacing(adapter_file) as file:
         np.savez(file, **matrices)
         file.flush()
+        os.fsync(file.fileno())  # for `finish_save`
         files = [Path(file.name), *([old] if old.is_file() else [])]
         state["files"] = np.array([digest(path.read_bytes()) for path in files])
         with replacing(state_file(adapter_file)) as beside:
             np.savez(beside, **state)
+
+
+def finish_save(adapter_file: str | Path) -> None:
+    """Put adapters into the place that a kill has left to those before them, when their state was
+    in its own.
+    """
+    adapter, beside = Path(adapter_file), partial_file(adapter_file)
+    if not beside.is_file():
+        return
+    try:
+        with np.load(state_file(adapter_file)) as archive:
+            new, *old = archive["files"].tolist()
+    except Exception:  # there is none, or it is damaged, which `restore` says
+        return
+    untouched = not adapter.is_file() or digest(adapter.read_bytes()) in old
+    if untouched and digest(beside.read_bytes()) == new:
+        os.replace(beside, adapter)
 
 
 def restore(
@@ -1221,13 +1253,13 @@ def restore(
         with np.load(io.BytesIO(content)) as archive:
             state = dict(archive)
         saved_identity = json.loads(str(state["run"]))
-        iteration, files = int(state["iteration"]), set(state["files"].tolist())
+        iteration, adapters = int(state["iteration"]), state["files"][0]
         matrices = saved("adapter", model.trainable_parameters())
         optimizer.init({"lora": to_vector(model.trainable_parameters())})
         moments = saved("optimizer", optimizer.state)
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}); {instead}") from error
-    if digest(ranks.read(adapter) or b"") not in files:
+    if digest(ranks.read(adapter) or b"") != adapters:
         say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
         return 0
     for name, value in identity.items():
@@ -1482,6 +1514,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     np.random.seed(args.seed)
     if ON_CPU and not FAST_BLAS:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
+    if args.resume_adapter_file and ranks.rank == 0:
+        finish_save(args.resume_adapter_file)
 
     def prepare() -> tuple[list[Dataset | None], Model, Tokenizer]:
         check_arguments(args, ranks.size, writes=ranks.rank == 0)
@@ -1518,7 +1552,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         test_loss = evaluate(
             model, test_set, loss, tokenizer, args.batch_size, args.test_batches, ranks=ranks
         )
-        say(f"Test loss {test_loss:.3f}, Test ppl {math.exp(test_loss):.3f}.")
+        perplexity = math.inf if test_loss > 709 else math.exp(test_loss)  # float64 holds no more
+        say(f"Test loss {test_loss:.3f}, Test ppl {perplexity:.3f}.")
     if args.prompt is not None and ranks.rank == 0:
         say("Generating")
         mx.random.seed(args.seed)  # the text depends on it alone, not on what came before

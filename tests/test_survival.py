@@ -90,28 +90,33 @@ def test_a_run_killed_at_random_moments_ends_with_the_adapters_of_one_never_kill
     assert adapter.read_bytes() == uninterrupted
 
 
+@pytest.mark.parametrize("before", ["nothing", "fewer layers"])
 def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_from_the_state(
-    flags, uninterrupted, tmp_path
+    flags, uninterrupted, tmp_path, before
 ):
+    """At its first save, over nothing or over the adapters of another run."""
     adapter = tmp_path / "adapters.npz"
+    if before == "fewer layers":
+        options = "--adapter-file", adapter, "--lora-layers", "1", "--iters", "1"
+        assert run_script("lora.py", *flags, *options).returncode == 0
     script = (
         "import lora, os, signal\n"
-        "replace, n_saved = os.replace, 0\n"
-        "def kill_at_the_fifth(source, target):\n"
-        "    global n_saved\n"
-        "    n_saved += str(target).endswith('adapters.npz')\n"
-        "    if n_saved == 5:\n"
+        "replace = os.replace\n"
+        "def kill(source, target):\n"
+        "    if str(target).endswith('adapters.npz'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    replace(source, target)\n"
-        "os.replace = kill_at_the_fifth\n"
+        "os.replace = kill\n"
         "lora.main()\n"
     )
     command = [sys.executable, "-c", script, *flags, "--adapter-file", adapter]
     killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    process = run_script("lora.py", *resume(flags, adapter))
+    process = run_script(
+        "lora.py", *flags, "--adapter-file", adapter, "--resume-adapter-file", adapter
+    )
     assert process.returncode == 0, process.stderr
-    assert "The run goes on behind iteration 5" in process.stdout
+    assert "The run goes on behind iteration 1" in process.stdout
     assert adapter.read_bytes() == uninterrupted
 
 
@@ -244,6 +249,30 @@ def test_a_state_of_other_adapters_is_not_used(flags, stopped, tmp_path):
     process = run_script("lora.py", *resume(flags, folder / "adapters.npz"), "--iters", "1")
     assert process.returncode == 0, process.stderr
     assert "adapters.state.npz is of other adapters" in process.stdout
+
+
+def test_adapters_put_back_from_a_copy_are_gone_on_from(flags, stopped, tmp_path):
+    """Not the state of what was saved since."""
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    adapter = folder / "adapters.npz"
+    saved = adapter.read_bytes()
+    process = run_script("lora.py", *resume(flags, adapter), "--iters", "11")
+    assert process.returncode == 0, process.stderr
+    adapter.write_bytes(saved)
+    process = run_script("lora.py", *resume(flags, adapter), "--iters", "1")
+    assert process.returncode == 0, process.stderr
+    assert "adapters.state.npz is of other adapters" in process.stdout
+
+
+def test_a_run_that_goes_on_in_another_file_takes_its_log_along(flags, stopped, tmp_path):
+    other = tmp_path / "other.npz"
+    (tmp_path / "other.log.jsonl").write_text("another run's\n")
+    resumed = ["--resume-adapter-file", stopped / "adapters.npz", "--adapter-file", other]
+    process = run_script("lora.py", *flags, *resumed, "--iters", "14")
+    assert process.returncode == 0, process.stderr
+    before = (stopped / "adapters.log.jsonl").read_text()
+    after = (tmp_path / "other.log.jsonl").read_text()
+    assert after.startswith(before) and len(after) > len(before)
 
 
 def test_a_run_that_is_resumed_at_its_end_writes_the_adapters_that_were_asked_for(
