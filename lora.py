@@ -1003,16 +1003,19 @@ def partial_file(path: str | Path) -> Path:
 
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when it is whole, and not before."""
+    """A file to write that takes the place of `path` when it is whole, and not before. One that is
+    whole and cannot take it stays for `finish_save`.
+    """
     beside = partial_file(path)
     try:
         with open(beside, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
+    except Exception:
         beside.unlink(missing_ok=True)
+        raise
+    os.replace(beside, path)
 
 
 class TrainingLog:
