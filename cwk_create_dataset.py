@@ -202,7 +202,6 @@ def find_records(package: ModuleType) -> Iterator[Record]:
 
 def read_package(package: str, left_out: set[str], connection: Connection) -> None:
     """What such a process does: send what it imports, what it skips, and batches of records."""
-
     reader = os.getpid()
 
     def tell(*message: object) -> None:

@@ -53,6 +53,11 @@ def make_package(folder, name, **modules) -> None:
         (folder / name / f"{module}.py").write_text(source)
 
 
+def documented_functions(n: int) -> str:
+    """The source of functions f0, f1, ..., each with a docstring of its own."""
+    return "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(n))
+
+
 def run(folder, *arguments):
     return run_script("cwk_create_dataset.py", *arguments, PYTHONPATH=str(folder))
 
@@ -222,7 +227,7 @@ class Child(Parent):
 
 
 def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
-    good = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    good = documented_functions(5)
     make_package(
         tmp_path,
         "lib",
@@ -462,7 +467,7 @@ def test_a_package_without_docstrings_is_one_line_and_writes_nothing(tmp_path):
 
 
 def test_odd_modules_and_objects_cost_no_other(tmp_path):
-    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    functions = documented_functions(5)
     make_package(
         tmp_path,
         "odd",
@@ -484,7 +489,7 @@ def test_odd_modules_and_objects_cost_no_other(tmp_path):
 
 
 def test_what_a_module_makes_when_it_is_asked_for_has_its_short_name(tmp_path):
-    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(5))
+    functions = documented_functions(5)
     lazily = (
         "import importlib\n__all__ = ['f1', 'f2', 'broken']\n"
         "def __getattr__(name):\n"
@@ -510,7 +515,7 @@ def test_a_docstring_that_begins_with_a_signature_is_one(tmp_path):
 
 def test_equal_docstrings_do_not_fill_what_is_held_out(tmp_path):
     same = "".join(f'def same{i}():\n    "All the same."\n\n' for i in range(30))
-    functions = "".join(f'def f{i}():\n    "Function {i}."\n\n' for i in range(30))
+    functions = documented_functions(30)
     make_package(tmp_path, "alike", __init__=same + functions)
     process = run(tmp_path, "alike", "--data-folder", tmp_path / "data")
     assert process.returncode == 0, process.stderr
