@@ -49,6 +49,7 @@ from models import (
     available_cores,
     cross_entropy,
     open_streams,
+    set_portions,
 )
 
 import mlx.core as mx
@@ -60,6 +61,7 @@ LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.attention\.(wq|wv)\.lora_[ab]")
+QUEUE_ROOM = 1.02  # the memory that a training step may take on CUDA, to what it needs
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
@@ -275,6 +277,7 @@ class Ranks:
         backend, *place = point or ("mpi",)  # which ends all ranks itself when one ends
         if place:
             ranks._meet(rank, *place)
+        set_portions(training=True)
         signal.alarm(JOINING)  # ends this process; MLX waits for ever, and lets no thread run
         try:
             ranks._group = mx.distributed.init(strict=True, backend=backend)
@@ -933,13 +936,14 @@ def make_step(
 
     def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
         nonlocal longest
+        is_first = mx.cuda.is_available() and batch[0].shape[1] > longest
+        if is_first:  # what a step takes at least: none of its work may queue up
+            mx.set_memory_limit(mx.get_active_memory())
         result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
-        if mx.cuda.is_available() and batch[0].shape[1] > longest:
-            # The first step of a length is compiled, so that its work does not queue up. Later ones
-            # get no more memory than the peak until then: rather than queue more, MLX waits.
+        if is_first:  # that, and a little for work that waits; rather than queue more, MLX does
             mx.eval(state)
-            mx.set_memory_limit(mx.get_peak_memory())
+            mx.set_memory_limit(int(QUEUE_ROOM * mx.get_peak_memory()))
             longest = batch[0].shape[1]
         return result
 
@@ -1513,6 +1517,7 @@ def count_parameters(model: Model) -> int:
 
 def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     """Do what the flags ask for, in the order train, test, generate."""
+    set_portions(training=args.train or args.test)
     mx.random.seed(args.seed)
     np.random.seed(args.seed)
     if ON_CPU and not FAST_BLAS:

@@ -55,12 +55,10 @@ if ON_CPU:
     # MLX then queues the work of all streams in turns, not that of one behind that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 elif mx.cuda.is_available():
-    # In smaller portions than MLX's own, work that waits for the GPU holds less memory.
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "400")
     # The graphs that each length of a batch takes are kept, not made anew for each batch.
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 LORA_SCALE = 2.0
-CACHE_STEP = 256  # positions by which the key-value cache grows
+CACHE_STEP = 512  # positions by which the key-value cache grows
 THREADS = 512  # of a block of CUDA's
 SHARED_MEMORY = 80_000  # bytes that they share, beside those of attention
 ATTENTION_MEMORY = 17_000  # what that takes, up to a head_dim of 256
@@ -69,8 +67,184 @@ QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
 
+
+def set_portions(training: bool) -> None:
+    """How much work a GPU with CUDA is handed at once, in megabytes that it touches, if the user
+    has not set that. To be called before MLX computes anything.
+
+    Small portions hold less memory while they wait. Between two the GPU rests, so that generating
+    takes one for all layers.
+    """
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
+
+
 # One layer's keys and values (B, K, capacity, head_dim), and how many positions are filled.
 LayerCache = tuple[mx.array, mx.array, int]
+
+# -------------------------------------------------------------------------------------------------
+# Kernels for CUDA. What MLX would compute in several passes over memory while training, each of
+# these does in one.
+
+NUMBER = {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}
+NUMBERS = """
+struct Float16 {
+    unsigned short bits;
+    __device__ Float16() {}
+    __device__ Float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+
+struct Bfloat16 {
+    unsigned short bits;
+    __device__ Bfloat16() {}
+    __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
+};
+"""
+
+TRAINING_KERNELS = """
+struct alignas(8 * sizeof(Number)) Eight { Number values[8]; };
+
+// Of silu(gate) * up.
+extern "C" __global__ void swiglu_gradients(
+    const Eight* gates, const Eight* ups, const Eight* cotangents,
+    Eight* of_gates, Eight* of_ups, unsigned n_threads
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n_threads) return;
+    Eight gate = gates[at], up = ups[at], cotangent = cotangents[at], of_gate, of_up;
+    for (int i = 0; i < 8; i++) {
+        float x = gate.values[i], weight = cotangent.values[i], sigmoid = 1 / (1 + __expf(-x));
+        float slope = sigmoid + x * sigmoid * (1 - sigmoid);
+        of_gate.values[i] = Number(weight * float(up.values[i]) * slope);
+        of_up.values[i] = Number(weight * x * sigmoid);
+    }
+    of_gates[at] = of_gate;
+    of_ups[at] = of_up;
+}
+
+// Of RMSNorm, plus `passed`: each warp takes a row.
+extern "C" __global__ void rms_norm_gradient(
+    const Eight* inputs, const Eight* weights, const Eight* passed, const Eight* cotangents,
+    Eight* gradients, unsigned n_threads, int dim, int bits_of_epsilon
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n_threads) return;
+    unsigned lane = at % 32, size = dim / 8, row = at / 32 * size;
+    float squares = 0, products = 0;
+    for (unsigned k = lane; k < size; k += 32) {
+        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
+        for (int i = 0; i < 8; i++) {
+            float x = input.values[i];
+            squares += x * x;
+            products += x * float(weight.values[i]) * float(cotangent.values[i]);
+        }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        squares += __shfl_xor_sync(~0u, squares, distance);
+        products += __shfl_xor_sync(~0u, products, distance);
+    }
+    float scale = rsqrtf(squares / dim + __int_as_float(bits_of_epsilon));
+    float pull = products / dim * scale * scale * scale;
+    for (unsigned k = lane; k < size; k += 32) {
+        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
+        Eight gradient = passed[row + k];
+        for (int i = 0; i < 8; i++) {
+            float through = float(weight.values[i]) * float(cotangent.values[i]) * scale;
+            through -= float(input.values[i]) * pull;
+            gradient.values[i] = Number(float(gradient.values[i]) + through);
+        }
+        gradients[row + k] = gradient;
+    }
+}
+
+// Pairs of channels of (rows, length, heads, head_dim), turned by the angles of their positions.
+extern "C" __global__ void rotate(
+    const Eight* inputs, const float* frequencies, Eight* outputs,
+    unsigned n_threads, int length, int heads, int head_dim, int offset, int direction
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
+    if (at >= n_threads) return;
+    Eight channels = inputs[at];
+    int position = at / per_head / heads % length + offset;
+    for (int i = 0; i < 8; i += 2) {
+        float sine, cosine, a = channels.values[i], b = channels.values[i + 1];
+        sincosf(position * frequencies[at % per_head * 4 + i / 2], &sine, &cosine);
+        sine *= direction;
+        channels.values[i] = Number(a * cosine - b * sine);
+        channels.values[i + 1] = Number(b * cosine + a * sine);
+    }
+    outputs[at] = channels;
+}
+"""
+
+
+def load_library(*names: str) -> ctypes.CDLL | None:
+    """The first of these shared libraries that there is."""
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache
+def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
+    """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
+
+    MLX's own way, `mx.fast.cuda_kernel`, takes two seconds in each process, most of it for headers.
+    Gives None where there is no compiler, or where it refuses.
+    """
+    compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
+    if not compiler:
+        return None
+    options = [f"--gpu-architecture={mx.device_info()['architecture']}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in constants]
+    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    if compiler.nvrtcCompileProgram(program, len(options), values):
+        return None
+    compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    compiler.nvrtcGetCUBIN(program, code)
+    compiler.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+def has_kernels(x: mx.array) -> bool:
+    """Whether TRAINING_KERNELS serve for arrays like this one."""
+    if ON_CPU or not mx.cuda.is_available() or x.shape[-1] % 8 or x.size // 8 >= 2**31:
+        return False
+    return training_kernels(x.dtype) is not None
+
+
+def training_kernels(dtype: mx.Dtype) -> bytes | None:
+    return compile_cuda(NUMBERS + TRAINING_KERNELS, (("Number", NUMBER[dtype]),))
+
+
+def run_kernel(
+    name: str, n_threads: int, inputs: list[mx.array], n_outputs: int, *scalars: int
+) -> list[mx.array]:
+    """What one of TRAINING_KERNELS makes of arrays, in the shape and dtype of the first."""
+    first = inputs[0]
+    return mx.fast.precompiled_cuda_kernel(
+        name=name,
+        compiled_source=training_kernels(first.dtype),
+        inputs=inputs,
+        output_shapes=[first.shape] * n_outputs,
+        output_dtypes=[first.dtype] * n_outputs,
+        scalars=[n_threads, *scalars],
+        grid=(n_threads, 1, 1),
+        threadgroup=(256, 1, 1),
+        ensure_row_contiguous=True,
+    )
+
 
 # -------------------------------------------------------------------------------------------------
 # Arithmetic. A CPU spends its time in exponentials, once products are fast: each is computed no
@@ -154,6 +328,8 @@ def swiglu_on_gpu_vjp(
     primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
 ) -> tuple[mx.array, mx.array]:
     gate, up = primals
+    if has_kernels(gate):
+        return run_kernel("swiglu_gradients", gate.size // 8, [gate, up, cotangent], 2)
     # `mx.compile` would store what two of its kernels share, so each gradient, and the forward
     # pass, has an expression of its own.
     x = gate.astype(mx.float32)
@@ -272,6 +448,11 @@ def rotary_frequencies(head_dim: int, theta: float) -> np.ndarray:
     return theta ** (-np.arange(0, head_dim, 2) / head_dim)
 
 
+@lru_cache
+def rotary_frequencies_on_gpu(head_dim: int, theta: float) -> mx.array:
+    return mx.array(rotary_frequencies(head_dim, theta), mx.float32)
+
+
 @lru_cache(maxsize=2)
 def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.array, mx.array]:
     """Cosines and sines (length, 1, head_dim) of the angles by which positions from `offset` on are
@@ -302,6 +483,25 @@ def rotate_on_cpu_vjp(
     return rotate_on_cpu(cotangent, cosines, -sines), *tables  # back by the same angles
 
 
+def rotate_on_cuda(x: mx.array, offset: int, theta: float) -> mx.array:
+    _, length, heads, head_dim = x.shape
+    frequencies = rotary_frequencies_on_gpu(head_dim, theta)
+
+    def turn(x: mx.array, direction: int) -> mx.array:
+        sizes = length, heads, head_dim, offset, direction
+        return run_kernel("rotate", x.size // 8, [x, frequencies], 1, *sizes)[0]
+
+    @mx.custom_function
+    def rotated(x: mx.array) -> mx.array:
+        return turn(x, 1)
+
+    @rotated.vjp
+    def rotated_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        return turn(cotangent, -1)
+
+    return rotated(x)
+
+
 def rotate(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
     """Turn each pair of neighbouring channels by an angle that grows with the position.
 
@@ -312,6 +512,8 @@ def rotate(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
     if ON_CPU:
         tables = rotation(offset, length, head_dim, theta)
         return rotate_on_cpu(x, *(table.astype(x.dtype) for table in tables))
+    if isinstance(offset, int) and has_kernels(x):
+        return rotate_on_cuda(x, offset, theta)
     if length > 1:  # one for each row: MLX then takes x as it lies
         offset = mx.tile(mx.arange(offset, offset + length), batch)
     options = {"traditional": True, "base": theta, "scale": 1.0, "offset": offset}
@@ -425,6 +627,26 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
+    def beside(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x, and x normalised. CUDA makes the sum of both gradients at once, none of the weight."""
+        if not has_kernels(x):
+            return x, self(x)
+
+        @mx.custom_function
+        def both(x: mx.array) -> tuple[mx.array, mx.array]:
+            return x, self(x)
+
+        @both.vjp
+        def both_vjp(
+            x: mx.array, cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
+        ) -> mx.array:
+            inputs, dim = [x, self.weight, *cotangents], x.shape[-1]
+            n_threads = x.size // dim * 32
+            epsilon = np.float32(self.eps).view(np.int32).item()  # MLX passes no float on
+            return run_kernel("rms_norm_gradient", n_threads, inputs, 1, dim, epsilon)[0]
+
+        return both(x)
+
 
 class Attention(nn.Module):
     """Causal attention over grouped heads (Ainslie et al., "GQA", 2023) with rotary positions.
@@ -513,9 +735,10 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
-        attended, cache = self.attention(self.attention_norm(x), cache)
-        x = x + attended
-        return x + self.feed_forward(self.ffn_norm(x)), cache
+        x, normed = self.attention_norm.beside(x)
+        attended, cache = self.attention(normed, cache)
+        x, normed = self.ffn_norm.beside(x + attended)
+        return x + self.feed_forward(normed), cache
 
 
 class Model(nn.Module):
@@ -724,24 +947,6 @@ def behind_attention(layer: TransformerBlock) -> Callable:
 # Each block of threads fills a multiprocessor, and all wait for each other between two products.
 
 DECODER_LAYER = """
-struct Float16 {
-    unsigned short bits;
-    __device__ Float16() {}
-    __device__ Float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
-    __device__ operator float() const {
-        float x;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-        return x;
-    }
-};
-
-struct Bfloat16 {
-    unsigned short bits;
-    __device__ Bfloat16() {}
-    __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
-    __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
-};
-
 constexpr int Q = N_HEADS * HEAD_DIM, KV = N_KV_HEADS * HEAD_DIM, QKV = Q + 2 * KV;
 constexpr int LANES = 32, WARPS = THREADS / LANES;
 constexpr int VECTOR = 16 / sizeof(Number);        // numbers in 16 bytes
@@ -1091,40 +1296,6 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
 """
 
 
-def load_library(*names: str) -> ctypes.CDLL | None:
-    """The first of these shared libraries that there is."""
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
-
-
-@lru_cache
-def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
-    """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
-
-    MLX's own way, `mx.fast.cuda_kernel`, takes two seconds in each process, most of it for headers.
-    Gives None where there is no compiler, or where it refuses.
-    """
-    compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
-    if not compiler:
-        return None
-    options = [f"--gpu-architecture={mx.device_info()['architecture']}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in constants]
-    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
-    if compiler.nvrtcCompileProgram(program, len(options), values):
-        return None
-    compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    code = ctypes.create_string_buffer(size.value)
-    compiler.nvrtcGetCUBIN(program, code)
-    compiler.nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw
-
-
 def cuda_attribute(number: int) -> int:
     """A property of the GPU, numbered as `CUdevice_attribute` of CUDA's driver."""
     value = ctypes.c_int()
@@ -1157,7 +1328,7 @@ def kernel_constants(model: Model) -> dict[str, object] | None:
     if kinds or dtype_of_one != dtype or any(isinstance(m, LoRALinear) for m in adapted):
         return None
     return {
-        "Number": {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}[dtype],
+        "Number": NUMBER[dtype],
         "BITS": bits,
         "GROUP_SIZE": group_size,
         "DIM": args.dim,
@@ -1198,12 +1369,12 @@ def fused_layers(model: Model) -> Callable | None:
     n_multiprocessors, shared_memory = cuda_attribute(16), cuda_attribute(97)  # of a block, at most
     has_room = shared_memory >= SHARED_MEMORY + ATTENTION_MEMORY
     constants = kernel_constants(model) if has_room else None
-    code = compile_cuda(DECODER_LAYER, tuple(constants.items())) if constants else None
+    code = compile_cuda(NUMBERS + DECODER_LAYER, tuple(constants.items())) if constants else None
     if not code:
         return None
     args, dtype = model.args, model.norm.weight.dtype
     layers = [kernel_inputs(layer) for layer in model.layers]
-    frequencies = mx.array(rotary_frequencies(args.head_dim, args.rope_theta), mx.float32)
+    frequencies = rotary_frequencies_on_gpu(args.head_dim, args.rope_theta)
     arrived = mx.zeros(64, mx.uint64)  # one would lie in memory that MLX shares with the processor
     mx.eval(layers, frequencies, arrived)
     n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim

@@ -1,5 +1,5 @@
-"""The CUDA kernel of models.py, run on a CPU: compiled by g++ as it stands, but for a few lines of
-assembly, with a process for each block and a thread for each of its threads.
+"""The CUDA kernels of models.py, run on a CPU: compiled by g++ as they stand, but for a few lines
+of assembly, with a thread for each of a block's threads, and a process for each block that waits.
 """
 
 import ctypes
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -16,8 +17,10 @@ import models
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 
 import lora
+from lora import digest
 
 N_BLOCKS, THREADS = 5, 64
 pytestmark = pytest.mark.skipif(
@@ -47,7 +50,7 @@ struct float4 { float x, y, z, w; };
 struct uint4 { unsigned x, y, z, w; };
 
 static thread_local Index threadIdx;
-static Index blockIdx, gridDim;
+static Index blockIdx, gridDim, blockDim{THREADS};
 static std::barrier<> block(THREADS);
 static std::barrier<> warps[] = {std::barrier<>(32), std::barrier<>(32)};
 static float exchanged[THREADS];
@@ -57,6 +60,7 @@ void __syncthreads() { block.arrive_and_wait(); }
 void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 template <class T> T atomicAdd(T* to, T n) { return std::atomic_ref(*to).fetch_add(n); }
 float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 float __expf(float x) { return std::exp(x); }
 float rsqrtf(float x) { return 1 / std::sqrt(x); }
 template <class T> T __ldcg(const T* from) { return *from; }
@@ -70,64 +74,86 @@ float __shfl_xor_sync(unsigned, float x, int distance) {
     warp.arrive_and_wait();
     return other;
 }
-"""
-ASSEMBLY = {
-    r'asm\("cvt\.rn\.f16\.f32.*?\);': "bits = std::bit_cast<unsigned short>(_Float16(x));",
-    r'asm\("cvt\.f32\.f16.*?\);': "x = std::bit_cast<_Float16>(bits);",
-    r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
-    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*arrived).load();",
-    r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
-}
-BEHIND = """
+
 struct Address {
     void* address;
     template <class T> operator T*() const { return static_cast<T*>(address); }
 };
-
-extern "C" void run(int n_blocks, void** at, int ranks, int capacity) {
+"""
+ASSEMBLY_OF_NUMBERS = {
+    r'asm\("cvt\.rn\.f16\.f32.*?\);': "bits = std::bit_cast<unsigned short>(_Float16(x));",
+    r'asm\("cvt\.f32\.f16.*?\);': "x = std::bit_cast<_Float16>(bits);",
+    r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
+}
+ASSEMBLY_OF_THE_DECODER = {
+    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*arrived).load();",
+    r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
+}
+BEHIND = """
+extern "C" void run_KERNEL(int n_blocks, void** at, int* scalars) {
     gridDim.x = n_blocks;
     for (int i = 0; i < n_blocks; i++) {
-        if (fork()) continue;
+        if (WAITING && fork()) continue;
         blockIdx.x = i;
         std::vector<std::thread> threads;
         for (int j = 0; j < THREADS; j++) {
             threads.emplace_back([=] {
                 threadIdx.x = j;
-                decoder_layer(ARGUMENTS, ranks, capacity);
+                KERNEL(ARGUMENTS);
             });
         }
         for (auto& thread : threads) thread.join();
-        _exit(0);
+        if (WAITING) _exit(0);
     }
-    for (int i = 0; i < n_blocks; i++) wait(nullptr);
+    if (WAITING) for (int i = 0; i < n_blocks; i++) wait(nullptr);
 }
 """
 
 
 @pytest.fixture
-def emulated_cuda(monkeypatch, tmp_path) -> list[int]:
-    """Have `models` take this machine for one with CUDA; gives the ranks of each layer that ran."""
-    layers = []
+def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
+    """Have `models` take this machine for one with CUDA; gives the kernels that ran."""
+    names = []
 
+    @lru_cache
     def compile_with_gxx(source: str, constants: tuple[tuple[str, object], ...]) -> str | None:
-        for pattern, replacement in ASSEMBLY.items():
+        waiting = "decoder_layer" in source
+        assembly = ASSEMBLY_OF_NUMBERS | (ASSEMBLY_OF_THE_DECODER if waiting else {})
+        for pattern, replacement in assembly.items():
             source, n = re.subn(pattern, replacement, source, flags=re.DOTALL)
             assert n == 1, pattern
-        n_arrays = re.search(r"void decoder_layer\((.*?)\)", source, re.DOTALL)[1].count("*")
-        arguments = ", ".join(f"Address{{at[{i}]}}" for i in range(n_arrays))
-        path = tmp_path / "kernel.cpp"
-        path.write_text(BEFORE + source + BEHIND.replace("ARGUMENTS", arguments))
-        options = ["-std=c++20", "-O1", "-w", "-pthread", "-shared", "-fPIC"]
+        path = tmp_path / f"{digest(repr((source, constants)).encode())}.cpp"
+        behind = ""
+        for name, parameters in re.findall(r"__global__ .*?void (\w+)\((.*?)\)", source, re.DOTALL):
+            n_arrays, n = parameters.count("*"), parameters.count(",") + 1
+            arguments = [f"Address{{at[{i}]}}" for i in range(n_arrays)]
+            arguments += [f"scalars[{i}]" for i in range(n - n_arrays)]
+            runner = BEHIND.replace("KERNEL", name).replace("WAITING", str(int(waiting)))
+            behind += runner.replace("ARGUMENTS", ", ".join(arguments))
+        path.write_text(BEFORE + source + behind)
+        options = [
+            "-std=c++20",
+            "-O1",
+            "-w",
+            "-pthread",
+            "-shared",
+            "-fPIC",
+            f"-DTHREADS={THREADS}",
+        ]
         options += [f"-D{name}={value}" for name, value in constants]
         command = ["g++", *options, str(path), "-o", str(path.with_suffix(".so"))]
         refused = subprocess.run(command, capture_output=True).returncode
         return None if refused else str(path.with_suffix(".so"))
 
-    def run(*, compiled_source, inputs, output_shapes, output_dtypes, scalars, **_) -> list:
+    def run(
+        *, name, compiled_source, inputs, output_shapes, output_dtypes, scalars, grid, **_
+    ) -> list:
         """Run the kernel on copies in memory that processes share."""
         outputs = list(map(mx.zeros, output_shapes, output_dtypes))
         mx.eval(inputs, outputs)
-        views = [np.array(array, copy=False) for array in inputs + outputs]
+        raw = {mx.bfloat16: mx.uint16}  # NumPy has no bfloat16
+        arrays = [array.view(raw.get(array.dtype, array.dtype)) for array in inputs + outputs]
+        views = [np.array(array, copy=False) for array in arrays]
         starts = np.cumsum([0] + [-(-view.nbytes // 64) * 64 for view in views]).tolist()
         arena = np.frombuffer(mmap.mmap(-1, starts[-1]), np.uint8)
         copies = []
@@ -135,11 +161,12 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[int]:
             copies.append(arena[start : start + view.nbytes].view(view.dtype).reshape(view.shape))
             copies[-1][...] = view
         addresses = (ctypes.c_void_p * len(copies))(*(copy.ctypes.data for copy in copies))
-        ctypes.CDLL(compiled_source).run(N_BLOCKS, addresses, *scalars)
+        runner = getattr(ctypes.CDLL(compiled_source), f"run_{name}")
+        runner(-(-grid[0] // THREADS), addresses, (ctypes.c_int * len(scalars))(*scalars))
         for view, copy in zip(views, copies, strict=True):
             if not np.array_equal(view, copy):
                 view[...] = copy
-        layers.append(scalars[0])
+        names.append(name)
         return outputs
 
     monkeypatch.setattr(models, "ON_CPU", False)
@@ -150,7 +177,7 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[int]:
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
-    return layers
+    return names
 
 
 ARGS = models.ModelArgs(
@@ -176,7 +203,7 @@ ARGS = models.ModelArgs(
         ("float16", 4, True),
     ],
 )
-def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated_cuda):
+def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated_cuda, monkeypatch):
     mx.random.seed(1)
     model = models.Model(ARGS)
     model.set_dtype(getattr(mx, dtype))
@@ -188,6 +215,8 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
         for name in ("wq", "wv"):
             adapter = model.layers[1].attention[name]
             adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.3
+    monkeypatch.setattr(models, "has_kernels", lambda x: False)  # those for training
+    monkeypatch.setattr(models, "CACHE_STEP", 256)
     tokens = mx.random.randint(0, 50, (1, 257))
     expected, _ = model(tokens)
     _, cache = model(tokens[:, :255])
@@ -199,7 +228,7 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
     tolerance = mx.abs(expected).max().item() * (2e-3 if dtype == "float16" else 1e-5)
     actual = mx.stack(logits, 1).astype(mx.float32)
     np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
-    assert emulated_cuda == [0, 16 if adapted else 0] * 3  # LoRA's ranks in each layer that ran
+    assert emulated_cuda.count("decoder_layer") == 3 * ARGS.n_layers
 
 
 @pytest.mark.parametrize(
@@ -211,4 +240,39 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     np.testing.assert_allclose(
         models.Decoder(model)(token), model(token)[0][:, -1], atol=1e-5, rtol=0
     )
+    assert "decoder_layer" not in emulated_cuda
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 3e-2)]
+)
+def test_a_training_step_has_the_gradients_of_the_plain_network(
+    dtype, tolerance, checkpoint, emulated_cuda, monkeypatch
+):
+    mx.random.seed(1)
+    model = models.Model(ARGS)
+    lora.add_lora(model, [0, 1])
+    randomly = lambda path, value: mx.random.normal(value.shape) * 0.3  # noqa: E731
+    model.update(tree_map_with_path(randomly, model.trainable_parameters()))
+    tokens, lengths = mx.random.randint(0, 50, (3, 11)), mx.array([10, 7, 9])
+    norm = model.layers[1].ffn_norm
+    norm.weight = mx.random.uniform(0.5, 1.5, norm.weight.shape)
+
+    def gradients() -> mx.array:
+        compute = nn.value_and_grad(model, lora.loss)
+        _, tree = compute(model, tokens[:, :-1], tokens[:, 1:], lengths)
+        return lora.to_vector(tree)
+
+    with monkeypatch.context() as plain:
+        plain.setattr(models, "has_kernels", lambda x: False)
+        expected = gradients()
     assert not emulated_cuda
+    adapters = model.trainable_parameters()
+    model.set_dtype(getattr(mx, dtype))
+    model.update(adapters)  # they stay float32
+    model.grad_checkpoint = checkpoint
+    np.testing.assert_allclose(
+        gradients(), expected, atol=tolerance * mx.abs(expected).max().item(), rtol=0
+    )
+    assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rotate"}

@@ -153,6 +153,7 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
 ):
     if way == "all cores":
         monkeypatch.setattr(models, "WORTH_SHARING", 0)
+    monkeypatch.setattr(models, "CACHE_STEP", 256)
     if way == "as on a GPU":
         go_as_on_a_gpu(monkeypatch)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))

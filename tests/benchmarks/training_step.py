@@ -33,11 +33,12 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
     import lora
-    from models import Model, ModelArgs
+    from models import Model, ModelArgs, set_portions
 
     import mlx.core as mx
     import mlx.nn as nn
 
+    set_portions(training=adapters)
     dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     model = Model(ModelArgs(dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary))
     model.set_dtype(getattr(mx, dtype))
