@@ -61,7 +61,7 @@ LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.attention\.(wq|wv)\.lora_[ab]")
-QUEUE_ROOM = 1.02  # the memory that a training step may take on CUDA, to what it needs
+QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
@@ -943,7 +943,7 @@ def make_step(
         mx.async_eval(result, state)
         if is_first:  # that, and a little for work that waits; rather than queue more, MLX does
             mx.eval(state)
-            mx.set_memory_limit(int(QUEUE_ROOM * mx.get_peak_memory()))
+            mx.set_memory_limit(mx.get_peak_memory() + QUEUE_ROOM)
             longest = batch[0].shape[1]
         return result
 
