@@ -67,184 +67,8 @@ QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
 
-
-def set_portions(training: bool) -> None:
-    """How much work a GPU with CUDA is handed at once, in megabytes that it touches, if the user
-    has not set that. To be called before MLX computes anything.
-
-    Small portions hold less memory while they wait. Between two the GPU rests, so that generating
-    takes one for all layers.
-    """
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
-
-
 # One layer's keys and values (B, K, capacity, head_dim), and how many positions are filled.
 LayerCache = tuple[mx.array, mx.array, int]
-
-# -------------------------------------------------------------------------------------------------
-# Kernels for CUDA. What MLX would compute in several passes over memory while training, each of
-# these does in one.
-
-NUMBER = {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}
-NUMBERS = """
-struct Float16 {
-    unsigned short bits;
-    __device__ Float16() {}
-    __device__ Float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
-    __device__ operator float() const {
-        float x;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-        return x;
-    }
-};
-
-struct Bfloat16 {
-    unsigned short bits;
-    __device__ Bfloat16() {}
-    __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
-    __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
-};
-"""
-
-TRAINING_KERNELS = """
-struct alignas(8 * sizeof(Number)) Eight { Number values[8]; };
-
-// Of silu(gate) * up.
-extern "C" __global__ void swiglu_gradients(
-    const Eight* gates, const Eight* ups, const Eight* cotangents,
-    Eight* of_gates, Eight* of_ups, unsigned n_threads
-) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= n_threads) return;
-    Eight gate = gates[at], up = ups[at], cotangent = cotangents[at], of_gate, of_up;
-    for (int i = 0; i < 8; i++) {
-        float x = gate.values[i], weight = cotangent.values[i], sigmoid = 1 / (1 + __expf(-x));
-        float slope = sigmoid + x * sigmoid * (1 - sigmoid);
-        of_gate.values[i] = Number(weight * float(up.values[i]) * slope);
-        of_up.values[i] = Number(weight * x * sigmoid);
-    }
-    of_gates[at] = of_gate;
-    of_ups[at] = of_up;
-}
-
-// Of RMSNorm, plus `passed`: each warp takes a row.
-extern "C" __global__ void rms_norm_gradient(
-    const Eight* inputs, const Eight* weights, const Eight* passed, const Eight* cotangents,
-    Eight* gradients, unsigned n_threads, int dim, int bits_of_epsilon
-) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
-    if (at >= n_threads) return;
-    unsigned lane = at % 32, size = dim / 8, row = at / 32 * size;
-    float squares = 0, products = 0;
-    for (unsigned k = lane; k < size; k += 32) {
-        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
-        for (int i = 0; i < 8; i++) {
-            float x = input.values[i];
-            squares += x * x;
-            products += x * float(weight.values[i]) * float(cotangent.values[i]);
-        }
-    }
-    for (int distance = 16; distance > 0; distance /= 2) {
-        squares += __shfl_xor_sync(~0u, squares, distance);
-        products += __shfl_xor_sync(~0u, products, distance);
-    }
-    float scale = rsqrtf(squares / dim + __int_as_float(bits_of_epsilon));
-    float pull = products / dim * scale * scale * scale;
-    for (unsigned k = lane; k < size; k += 32) {
-        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
-        Eight gradient = passed[row + k];
-        for (int i = 0; i < 8; i++) {
-            float through = float(weight.values[i]) * float(cotangent.values[i]) * scale;
-            through -= float(input.values[i]) * pull;
-            gradient.values[i] = Number(float(gradient.values[i]) + through);
-        }
-        gradients[row + k] = gradient;
-    }
-}
-
-// Pairs of channels of (rows, length, heads, head_dim), turned by the angles of their positions.
-extern "C" __global__ void rotate(
-    const Eight* inputs, const float* frequencies, Eight* outputs,
-    unsigned n_threads, int length, int heads, int head_dim, int offset, int direction
-) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
-    if (at >= n_threads) return;
-    Eight channels = inputs[at];
-    int position = at / per_head / heads % length + offset;
-    for (int i = 0; i < 8; i += 2) {
-        float sine, cosine, a = channels.values[i], b = channels.values[i + 1];
-        sincosf(position * frequencies[at % per_head * 4 + i / 2], &sine, &cosine);
-        sine *= direction;
-        channels.values[i] = Number(a * cosine - b * sine);
-        channels.values[i + 1] = Number(b * cosine + a * sine);
-    }
-    outputs[at] = channels;
-}
-"""
-
-
-def load_library(*names: str) -> ctypes.CDLL | None:
-    """The first of these shared libraries that there is."""
-    for name in names:
-        try:
-            return ctypes.CDLL(name)
-        except OSError:
-            continue
-    return None
-
-
-@lru_cache
-def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
-    """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
-
-    MLX's own way, `mx.fast.cuda_kernel`, takes two seconds in each process, most of it for headers.
-    Gives None where there is no compiler, or where it refuses.
-    """
-    compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
-    if not compiler:
-        return None
-    options = [f"--gpu-architecture={mx.device_info()['architecture']}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in constants]
-    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
-    if compiler.nvrtcCompileProgram(program, len(options), values):
-        return None
-    compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
-    code = ctypes.create_string_buffer(size.value)
-    compiler.nvrtcGetCUBIN(program, code)
-    compiler.nvrtcDestroyProgram(ctypes.byref(program))
-    return code.raw
-
-
-def has_kernels(x: mx.array) -> bool:
-    """Whether TRAINING_KERNELS serve for arrays like this one."""
-    if ON_CPU or not mx.cuda.is_available() or x.shape[-1] % 8 or x.size // 8 >= 2**31:
-        return False
-    return training_kernels(x.dtype) is not None
-
-
-def training_kernels(dtype: mx.Dtype) -> bytes | None:
-    return compile_cuda(NUMBERS + TRAINING_KERNELS, (("Number", NUMBER[dtype]),))
-
-
-def run_kernel(
-    name: str, n_threads: int, inputs: list[mx.array], n_outputs: int, *scalars: int
-) -> list[mx.array]:
-    """What one of TRAINING_KERNELS makes of arrays, in the shape and dtype of the first."""
-    first = inputs[0]
-    return mx.fast.precompiled_cuda_kernel(
-        name=name,
-        compiled_source=training_kernels(first.dtype),
-        inputs=inputs,
-        output_shapes=[first.shape] * n_outputs,
-        output_dtypes=[first.dtype] * n_outputs,
-        scalars=[n_threads, *scalars],
-        grid=(n_threads, 1, 1),
-        threadgroup=(256, 1, 1),
-        ensure_row_contiguous=True,
-    )
-
 
 # -------------------------------------------------------------------------------------------------
 # Arithmetic. A CPU spends its time in exponentials, once products are fast: each is computed no
@@ -271,6 +95,16 @@ def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
     if FAST_BLAS:
         FAST_BLAS.MKL_Set_Num_Threads(max(1, n_cores // (n * n_sharing)))
     return [mx.new_stream(mx.cpu) for _ in range(n)]
+
+
+def set_portions(training: bool) -> None:
+    """How much work a GPU with CUDA is handed at once, in megabytes that it touches, if the user
+    has not set that. To be called before MLX computes anything.
+
+    Small portions hold less memory while they wait. Between two the GPU rests, so that generating
+    takes one for all layers.
+    """
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
 
 
 def exp(x: mx.array) -> mx.array:
@@ -627,9 +461,9 @@ class RMSNorm(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
-    def beside(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def with_residual(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x, and x normalised. CUDA makes the sum of both gradients at once, none of the weight."""
-        if not has_kernels(x):
+        if not has_kernels(x) or x.dtype != self.weight.dtype:
             return x, self(x)
 
         @mx.custom_function
@@ -735,9 +569,9 @@ class TransformerBlock(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
     def __call__(self, x: mx.array, cache: LayerCache | None = None) -> tuple[mx.array, LayerCache]:
-        x, normed = self.attention_norm.beside(x)
+        x, normed = self.attention_norm.with_residual(x)
         attended, cache = self.attention(normed, cache)
-        x, normed = self.ffn_norm.beside(x + attended)
+        x, normed = self.ffn_norm.with_residual(x + attended)
         return x + self.feed_forward(normed), cache
 
 
@@ -939,6 +773,170 @@ def behind_attention(layer: TransformerBlock) -> Callable:
         return x + w2(swiglu(gate, up) if ON_CPU else nn.silu(gate) * up)  # one kernel, compiled
 
     return behind
+
+
+# -------------------------------------------------------------------------------------------------
+# Training with CUDA: what MLX would compute in several passes over memory, a kernel does in one.
+
+NUMBER = {mx.float16: "Float16", mx.bfloat16: "Bfloat16", mx.float32: "float"}
+NUMBERS = """
+struct Float16 {
+    unsigned short bits;
+    __device__ Float16() {}
+    __device__ Float16(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const {
+        float x;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+        return x;
+    }
+};
+
+struct Bfloat16 {
+    unsigned short bits;
+    __device__ Bfloat16() {}
+    __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+    __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
+};
+"""
+
+TRAINING_KERNELS = """
+struct alignas(8 * sizeof(Number)) Eight { Number values[8]; };
+
+// Of silu(gate) * up.
+extern "C" __global__ void swiglu_gradients(
+    const Eight* gates, const Eight* ups, const Eight* cotangents,
+    Eight* of_gates, Eight* of_ups, unsigned n_threads
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n_threads) return;
+    Eight gate = gates[at], up = ups[at], cotangent = cotangents[at], of_gate, of_up;
+    for (int i = 0; i < 8; i++) {
+        float x = gate.values[i], weight = cotangent.values[i], sigmoid = 1 / (1 + __expf(-x));
+        float slope = sigmoid + x * sigmoid * (1 - sigmoid);
+        of_gate.values[i] = Number(weight * float(up.values[i]) * slope);
+        of_up.values[i] = Number(weight * x * sigmoid);
+    }
+    of_gates[at] = of_gate;
+    of_ups[at] = of_up;
+}
+
+// Of RMSNorm, plus `passed`: each warp takes a row.
+extern "C" __global__ void rms_norm_gradient(
+    const Eight* inputs, const Eight* weights, const Eight* passed, const Eight* cotangents,
+    Eight* gradients, unsigned n_threads, int dim, int bits_of_epsilon
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n_threads) return;
+    unsigned lane = at % 32, size = dim / 8, row = at / 32 * size;
+    float squares = 0, products = 0;
+    for (unsigned k = lane; k < size; k += 32) {
+        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
+        for (int i = 0; i < 8; i++) {
+            float x = input.values[i];
+            squares += x * x;
+            products += x * float(weight.values[i]) * float(cotangent.values[i]);
+        }
+    }
+    for (int distance = 16; distance > 0; distance /= 2) {
+        squares += __shfl_xor_sync(~0u, squares, distance);
+        products += __shfl_xor_sync(~0u, products, distance);
+    }
+    float scale = rsqrtf(squares / dim + __int_as_float(bits_of_epsilon));
+    float pull = products / dim * scale * scale * scale;
+    for (unsigned k = lane; k < size; k += 32) {
+        Eight input = inputs[row + k], weight = weights[k], cotangent = cotangents[row + k];
+        Eight gradient = passed[row + k];
+        for (int i = 0; i < 8; i++) {
+            float through = float(weight.values[i]) * float(cotangent.values[i]) * scale;
+            through -= float(input.values[i]) * pull;
+            gradient.values[i] = Number(float(gradient.values[i]) + through);
+        }
+        gradients[row + k] = gradient;
+    }
+}
+
+// Pairs of channels of (rows, length, heads, head_dim), turned by the angles of their positions.
+extern "C" __global__ void rotate(
+    const Eight* inputs, const float* frequencies, Eight* outputs,
+    unsigned n_threads, int length, int heads, int head_dim, int offset, int direction
+) {
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
+    if (at >= n_threads) return;
+    Eight channels = inputs[at];
+    int position = at / per_head / heads % length + offset;
+    for (int i = 0; i < 8; i += 2) {
+        float sine, cosine, a = channels.values[i], b = channels.values[i + 1];
+        sincosf(position * frequencies[at % per_head * 4 + i / 2], &sine, &cosine);
+        sine *= direction;
+        channels.values[i] = Number(a * cosine - b * sine);
+        channels.values[i + 1] = Number(b * cosine + a * sine);
+    }
+    outputs[at] = channels;
+}
+"""
+
+
+def load_library(*names: str) -> ctypes.CDLL | None:
+    """The first of these shared libraries that there is."""
+    for name in names:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    return None
+
+
+@lru_cache
+def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> bytes | None:
+    """The code of CUDA kernels for this GPU, made by NVIDIA's run-time compiler, which MLX brings.
+
+    MLX's own way, `mx.fast.cuda_kernel`, takes two seconds in each process, most of it for headers.
+    Gives None where there is no compiler, or where it refuses.
+    """
+    compiler = load_library("libnvrtc.so.13", "libnvrtc.so.12")
+    if not compiler:
+        return None
+    options = [f"--gpu-architecture={mx.device_info()['architecture']}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in constants]
+    values = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    program, size = ctypes.c_void_p(), ctypes.c_size_t()
+    compiler.nvrtcCreateProgram(ctypes.byref(program), source.encode(), None, 0, None, None)
+    if compiler.nvrtcCompileProgram(program, len(options), values):
+        return None
+    compiler.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    compiler.nvrtcGetCUBIN(program, code)
+    compiler.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+def has_kernels(x: mx.array) -> bool:
+    """Whether TRAINING_KERNELS serve for arrays like this one."""
+    if ON_CPU or not mx.cuda.is_available() or x.shape[-1] % 8 or x.size // 8 >= 2**31:
+        return False
+    return training_kernels(x.dtype) is not None
+
+
+def training_kernels(dtype: mx.Dtype) -> bytes | None:
+    return compile_cuda(NUMBERS + TRAINING_KERNELS, (("Number", NUMBER[dtype]),))
+
+
+def run_kernel(
+    name: str, n_threads: int, inputs: list[mx.array], n_outputs: int, *scalars: int
+) -> list[mx.array]:
+    """What one of TRAINING_KERNELS makes of arrays, in the shape and dtype of the first."""
+    first = inputs[0]
+    return mx.fast.precompiled_cuda_kernel(
+        name=name,
+        compiled_source=training_kernels(first.dtype),
+        inputs=inputs,
+        output_shapes=[first.shape] * n_outputs,
+        output_dtypes=[first.dtype] * n_outputs,
+        scalars=[n_threads, *scalars],
+        grid=(n_threads, 1, 1),
+        threadgroup=(256, 1, 1),
+        ensure_row_contiguous=True,
+    )
 
 
 # -------------------------------------------------------------------------------------------------
