@@ -748,7 +748,7 @@ def train(
     each after saving, and OSError when the last save failed.
     """
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
-    identity = describe_run(train_set, tokenizer, args)
+    identity = describe_run(model.args, train_set, tokenizer, args)
     resuming = args.resume_adapter_file is not None
     done_before = restore(model, optimizer, identity, args, ranks) if resuming else 0
     step = make_step(model, optimizer, loss, streams, ranks)
@@ -805,7 +805,7 @@ def train(
             if save or stopping or n_broken >= BROKEN_STEPS:
                 saved = try_save(model, optimizer, iteration, identity, args.adapter_file, ranks)
             if stopping:
-                raise Stopped(caught, iteration)
+                raise Stopped(caught, iteration) if saved else NotSaved(args.adapter_file)
             if n_broken >= BROKEN_STEPS:
                 raise FloatingPointError(
                     f"at iteration {iteration} the last {n_broken} losses or gradients were not "
@@ -818,7 +818,7 @@ def train(
     model.grad_checkpoint = False
     mx.set_memory_limit(limit)
     if not saved:
-        raise NotSaved(f"the adapters of the last step could not be saved to {args.adapter_file}")
+        raise NotSaved(args.adapter_file)
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
@@ -839,6 +839,9 @@ class Stopped(Exception):
 
 class NotSaved(OSError):
     """The last save failed."""
+
+    def __init__(self, adapter_file: str):
+        super().__init__(f"the adapters of the last step could not be saved to {adapter_file}")
 
 
 @contextmanager
@@ -1032,8 +1035,8 @@ class TrainingLog:
 
     def __init__(self, adapter_file: str | Path, entries: list[dict], writes: bool = True):
         self.writes = writes
-        self.file = log_file(adapter_file)
-        self.picture = Path(adapter_file).with_suffix(".png")
+        self.file = beside(adapter_file, ".log.jsonl")
+        self.picture = beside(adapter_file, ".png")
         self.entries = entries
         self._write("w", self.entries)
 
@@ -1111,14 +1114,15 @@ class TrainingLog:
             warn(f"{self.picture} could not be written: {error}")
 
 
-def log_file(adapter_file: str | Path) -> Path:
-    """`adapters.log.jsonl` for `adapters.npz`."""
-    return Path(adapter_file).with_suffix(".log.jsonl")
+def beside(adapter_file: str | Path, suffix: str) -> Path:
+    """`adapters.log.jsonl` for `adapters.npz` and the suffix `.log.jsonl`."""
+    path = Path(adapter_file)
+    return path.with_name(path.name.removesuffix(".npz") + suffix)
 
 
 def read_log(adapter_file: str | Path, last: int) -> list[dict]:
     """The entries beside an adapter file up to iteration `last`; none where there is no log."""
-    file = log_file(adapter_file)
+    file = beside(adapter_file, ".log.jsonl")
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return [entry for entry in map(parse_entry, lines) if entry and entry["iteration"] <= last]
 
@@ -1143,12 +1147,15 @@ def state_file(adapter_file: str | Path) -> Path:
     return path.with_name(f"{path.stem}.state{path.suffix}")
 
 
-def describe_run(train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namespace) -> dict:
+def describe_run(
+    shape: ModelArgs, train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namespace
+) -> dict:
     """What decides a run's result, so that a state is not used in another run."""
     rows = train_set.encode(tokenizer)
+    weights = checksums(Path(args.model) / "weights.npz")
     return {
         "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
-        "the model": digest(checksums(Path(args.model) / "weights.npz")),
+        "the model": digest(weights + repr(shape).encode()),
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--learning-rate": args.learning_rate,
@@ -1594,7 +1601,8 @@ def announce(
     """Say what the training will do, and warn of what makes no sense together."""
     n_adapted = sum(isinstance(layer.attention.wq, LoRALinear) for layer in model.layers)
     n_tokens = sum(len(row) - 1 for row in train_set.encode(tokenizer))
-    steps = math.ceil(len(train_set) / args.batch_size)
+    n_rows = min(args.batch_size, len(train_set))
+    steps = len(train_set) // n_rows  # of an epoch, as in `iterate_batches`
     dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
     on = f", {n_ranks} ranks," if n_ranks > 1 else ""
     for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
@@ -1602,10 +1610,10 @@ def announce(
     say(
         f"On {mx.default_device().type.name}{on} in {dtype}: LoRA in {n_adapted} of "
         f"{len(model.layers)} layers; {len(train_set)} texts, {n_tokens} tokens; {args.iters} "
-        f"iterations of {min(args.batch_size, len(train_set))}, {args.iters / steps:.2f} epochs"
+        f"iterations of {n_rows}, {args.iters / steps:.2f} epochs"
     )
     if args.iters < steps:
-        warn(f"--iters {args.iters} does not see every text once; {steps} would")
+        warn(f"--iters {args.iters} does not finish an epoch, which has {steps}")
     if len(val_set) > len(train_set):
         warn(f"the validation set has {len(val_set)} texts, the training set {len(train_set)}")
     if args.learning_rate > 1e-2:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from itertools import islice
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -296,6 +297,12 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
     assert trained[0].stderr == ""
 
 
+@pytest.mark.parametrize("name", ["a", "a.v1", "a.v2"])
+def test_each_adapter_has_a_log_of_its_own(name):
+    assert lora.beside(f"in/{name}.npz", ".log.jsonl") == Path(f"in/{name}.log.jsonl")
+    assert lora.beside(f"in/{name}", ".png") == Path(f"in/{name}.png")
+
+
 def test_training_keeps_a_log_and_draws_it(trained):
     log = trained[1].with_suffix(".log.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in log]
@@ -325,7 +332,7 @@ def test_what_makes_no_sense_together_is_a_warning(tiny_model, data, tmp_path, d
     )  # fmt: skip
     assert process.returncode == 0
     assert process.stderr.splitlines() == [
-        "lora.py: warning: --iters 5 does not see every text once; 6 would",
+        "lora.py: warning: --iters 5 does not finish an epoch, which has 6",
         "lora.py: warning: the validation set has 30 texts, the training set 24",
         "lora.py: warning: --learning-rate 0.5 is high: 1e-5 to 1e-3 are usual for LoRA",
     ]

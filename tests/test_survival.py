@@ -237,6 +237,12 @@ def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_mod
     process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--data", other)
     assert (process.returncode, "the training data is not that" in process.stderr) == (2, True)
 
+    model = shutil.copytree(tiny_model, tmp_path / "stretched")
+    params = json.loads((model / "params.json").read_text())
+    (model / "params.json").write_text(json.dumps(params | {"rope_theta": 1e6}))
+    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
+    assert (process.returncode, "the model is not that" in process.stderr) == (2, True)
+
     mx.random.seed(8)
     model = write_model(tmp_path / "model", Model(ModelArgs(**TINY)))
     process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
@@ -396,6 +402,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         assert "Traceback" not in errors
         assert adapter.read_bytes() == uninterrupted
         assert sorted(os.listdir(disk)) == FILES
+
+        (disk / "other").write_bytes(bytes(480 * 1024 - sum(map(os.path.getsize, disk.iterdir()))))
+        process = start(*flags, "--adapter-file", disk / "more.npz")
+        wait_for(process, "Iter 7: Train loss")
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 1
+        assert errors.splitlines()[-1].startswith("lora.py: error: the adapters of the last step")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
