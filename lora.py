@@ -813,12 +813,13 @@ def train(
                 )
             if report or evaluation or save:
                 start = time.perf_counter()
-        if any(ranks.add(len(caught))):
+        stopping = any(ranks.add(len(caught)))
+        if not saved:
+            raise NotSaved(args.adapter_file)
+        if stopping:
             raise Stopped(caught, args.iters)
     model.grad_checkpoint = False
     mx.set_memory_limit(limit)
-    if not saved:
-        raise NotSaved(args.adapter_file)
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
@@ -941,6 +942,7 @@ def make_step(
         nonlocal longest
         is_first = mx.cuda.is_available() and batch[0].shape[1] > longest
         if is_first:  # what a step takes at least: none of its work may queue up
+            mx.eval(state)
             mx.set_memory_limit(mx.get_active_memory())
         result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
@@ -1152,10 +1154,10 @@ def describe_run(
 ) -> dict:
     """What decides a run's result, so that a state is not used in another run."""
     rows = train_set.encode(tokenizer)
-    weights = checksums(Path(args.model) / "weights.npz")
     return {
         "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
-        "the model": digest(weights + repr(shape).encode()),
+        "the model": digest(checksums(Path(args.model) / "weights.npz")),
+        "params.json": vars(shape),
         "--batch-size": args.batch_size,
         "--dtype": args.dtype,
         "--learning-rate": args.learning_rate,
@@ -1277,7 +1279,7 @@ def restore(
         say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
         return 0
     for name, value in identity.items():
-        if saved_identity.get(name) != value:
+        if saved_identity.get(name, value) != value:  # an older state does not tell all
             was = f" ({saved_identity.get(name)} then)" if name.startswith("--") else ""
             raise ValueError(f"{name} is not that of the run in {path}{was}; {instead}")
     if iteration > args.iters:

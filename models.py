@@ -104,7 +104,8 @@ def set_portions(training: bool) -> None:
     Small portions hold less memory while they wait. Between two the GPU rests, so that generating
     takes one for all layers.
     """
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
+    if mx.cuda.is_available():  # Metal would heed it as well
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
 
 
 def exp(x: mx.array) -> mx.array:

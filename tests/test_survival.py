@@ -241,7 +241,7 @@ def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_mod
     params = json.loads((model / "params.json").read_text())
     (model / "params.json").write_text(json.dumps(params | {"rope_theta": 1e6}))
     process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
-    assert (process.returncode, "the model is not that" in process.stderr) == (2, True)
+    assert (process.returncode, "params.json is not that" in process.stderr) == (2, True)
 
     mx.random.seed(8)
     model = write_model(tmp_path / "model", Model(ModelArgs(**TINY)))
