@@ -750,7 +750,10 @@ def train(
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
     identity = describe_run(model.args, train_set, tokenizer, args)
     resuming = args.resume_adapter_file is not None
-    done_before = restore(model, optimizer, identity, args, ranks) if resuming else 0
+    done_before, done, seconds = 0, [], 0.0  # of which the last two are since the last report
+    if resuming:
+        done_before, done, seconds = restore(model, optimizer, identity, args, ranks)
+    save_step = partial(try_save, model, optimizer, identity, args.adapter_file, ranks)
     step = make_step(model, optimizer, loss, streams, ranks)
     batches = iterate_batches(
         train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done_before
@@ -760,10 +763,10 @@ def train(
     model.grad_checkpoint = args.grad_checkpoint
     limit = memory_limit()
     mx.reset_peak_memory()
-    done, seconds, start = [], 0.0, time.perf_counter()  # since the last report
+    start = time.perf_counter()
     n_broken, saved = 0, True
     if done_before == args.iters:  # nothing is left to do but to write what was asked for
-        saved = try_save(model, optimizer, done_before, identity, args.adapter_file, ranks)
+        saved = save_step(done_before, done, seconds)
     stopping = False  # for a signal; all ranks have it true at the same step
 
     left = range(done_before + 1, args.iters + 1)
@@ -803,7 +806,7 @@ def train(
                 log.validation(iteration, value)
                 stopping = stopping or value is None
             if save or stopping or n_broken >= BROKEN_STEPS:
-                saved = try_save(model, optimizer, iteration, identity, args.adapter_file, ranks)
+                saved = save_step(iteration, done, seconds)
             if stopping:
                 raise Stopped(caught, iteration) if saved else NotSaved(args.adapter_file)
             if n_broken >= BROKEN_STEPS:
@@ -1037,10 +1040,10 @@ class TrainingLog:
 
     def __init__(self, adapter_file: str | Path, entries: list[dict], writes: bool = True):
         self.writes = writes
-        self.file = beside(adapter_file, ".log.jsonl")
-        self.picture = beside(adapter_file, ".png")
+        self.file = sibling(adapter_file, ".log.jsonl")
+        self.picture = sibling(adapter_file, ".png")
         self.entries = entries
-        self._write("w", self.entries)
+        self._write(replacing, self.entries)
 
     def training(
         self, iteration: int, loss: float, learning_rate: float, n_tokens: int, speed: float
@@ -1075,14 +1078,14 @@ class TrainingLog:
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         self.entries.append(entry)
-        self._write("a", [entry])
+        self._write(partial(open, mode="ab"), [entry])
 
-    def _write(self, mode: str, entries: list[dict]) -> None:
+    def _write(self, opened: Callable, entries: list[dict]) -> None:
         if not self.writes:
             return
         try:
-            with open(self.file, mode, encoding="utf-8") as file:
-                file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            with opened(self.file) as file:
+                file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
         except OSError as error:
             warn(f"{self.file} could not be written: {error}")
 
@@ -1116,7 +1119,7 @@ class TrainingLog:
             warn(f"{self.picture} could not be written: {error}")
 
 
-def beside(adapter_file: str | Path, suffix: str) -> Path:
+def sibling(adapter_file: str | Path, suffix: str) -> Path:
     """`adapters.log.jsonl` for `adapters.npz` and the suffix `.log.jsonl`."""
     path = Path(adapter_file)
     return path.with_name(path.name.removesuffix(".npz") + suffix)
@@ -1124,7 +1127,7 @@ def beside(adapter_file: str | Path, suffix: str) -> Path:
 
 def read_log(adapter_file: str | Path, last: int) -> list[dict]:
     """The entries beside an adapter file up to iteration `last`; none where there is no log."""
-    file = beside(adapter_file, ".log.jsonl")
+    file = sibling(adapter_file, ".log.jsonl")
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return [entry for entry in map(parse_entry, lines) if entry and entry["iteration"] <= last]
 
@@ -1181,10 +1184,12 @@ def digest(content: bytes) -> str:
 def try_save(
     model: Model,
     optimizer: optim.Optimizer,
-    iteration: int,
     identity: dict,
     adapter_file: str,
     ranks: Ranks,
+    iteration: int,
+    done: list,
+    seconds: float,
 ) -> bool:
     """Have rank 0 save adapters and state, and wait for it. Where that fails, warn, and give False:
     a later save may succeed.
@@ -1193,7 +1198,7 @@ def try_save(
     if ranks.rank == 0:
         try:
             with ranks.saving:
-                save(model, optimizer, iteration, identity, adapter_file)
+                save(model, optimizer, identity, adapter_file, iteration, done, seconds)
         except OSError as error:
             warn(f"iteration {iteration} could not be saved to {adapter_file}: {error}")
             failed = True
@@ -1201,9 +1206,16 @@ def try_save(
 
 
 def save(
-    model: Model, optimizer: optim.Optimizer, iteration: int, identity: dict, adapter_file: str
+    model: Model,
+    optimizer: optim.Optimizer,
+    identity: dict,
+    adapter_file: str,
+    iteration: int,
+    done: list,
+    seconds: float,
 ) -> None:
-    """Write the LoRA matrices, float32 under their parameter paths, and beside them the state.
+    """Write the LoRA matrices, float32 under their parameter paths, and beside them the state, with
+    what the steps since the last report gave, and the seconds that they took.
 
     The state names the digests of the adapters that it belongs to and of those that they replace,
     since a kill can come when the state is in its place and the adapters are not yet.
@@ -1215,6 +1227,7 @@ def save(
     state = {f"adapter.{name}": value for name, value in matrices.items()}
     state |= {f"optimizer.{n}": np.array(v) for n, v in tree_flatten(optimizer.state)}
     state |= {"iteration": np.array(iteration), "run": np.array(json.dumps(identity))}
+    state |= {"done": np.array(done, float).reshape(-1, 4), "seconds": np.array(seconds)}
     old = Path(adapter_file)
     with replacing(adapter_file) as file:
         np.savez(file, **matrices)
@@ -1249,9 +1262,9 @@ def restore(
     identity: dict,
     args: argparse.Namespace,
     ranks: Ranks,
-) -> int:
+) -> tuple[int, list, float]:
     """Put the state beside rank 0's `args.resume_adapter_file` into place; gives the iteration it
-    is of, or 0 where there is none.
+    is of, or 0 where there is none, and the steps and seconds that were not reported yet.
 
     Raises ValueError when the state is damaged, or of a run that differs.
     """
@@ -1260,7 +1273,7 @@ def restore(
     content = ranks.read(path)
     if content is None:
         say(f"A new run begins from the weights in {adapter}: there is no {path}")
-        return 0
+        return 0, [], 0.0
 
     def saved(prefix: str, tree: dict) -> dict:
         return tree_map_with_path(lambda name, _: mx.array(state[f"{prefix}.{name}"]), tree)
@@ -1273,11 +1286,12 @@ def restore(
         matrices = saved("adapter", model.trainable_parameters())
         optimizer.init({"lora": to_vector(model.trainable_parameters())})
         moments = saved("optimizer", optimizer.state)
+        done, seconds = list(state.get("done", [])), float(state.get("seconds", 0))
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}); {instead}") from error
     if digest(ranks.read(adapter) or b"") != adapters:
         say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
-        return 0
+        return 0, [], 0.0
     for name, value in identity.items():
         if saved_identity.get(name, value) != value:  # an older state does not tell all
             was = f" ({saved_identity.get(name)} then)" if name.startswith("--") else ""
@@ -1289,7 +1303,7 @@ def restore(
     model.update(matrices)
     optimizer.state.update(moments)
     say(f"The run goes on behind iteration {iteration}")
-    return iteration
+    return iteration, done, seconds
 
 
 def load_adapter(model: Model, path: str | Path, ranks: Ranks = ALONE) -> None:

@@ -299,8 +299,8 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
 
 @pytest.mark.parametrize("name", ["a", "a.v1", "a.v2"])
 def test_each_adapter_has_a_log_of_its_own(name):
-    assert lora.beside(f"in/{name}.npz", ".log.jsonl") == Path(f"in/{name}.log.jsonl")
-    assert lora.beside(f"in/{name}", ".png") == Path(f"in/{name}.png")
+    assert lora.sibling(f"in/{name}.npz", ".log.jsonl") == Path(f"in/{name}.log.jsonl")
+    assert lora.sibling(f"in/{name}", ".png") == Path(f"in/{name}.png")
 
 
 def test_training_keeps_a_log_and_draws_it(trained):
