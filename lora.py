@@ -769,18 +769,23 @@ def train(
         saved = save_step(done_before, done, seconds)
     stopping = False  # for a signal; all ranks have it true at the same step
 
+    def evaluates(iteration: int) -> bool:
+        return iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
+
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
     with catch_signals() as caught:
         check = partial(validate, model, val_set, loss, tokenizer, args, streams, caught, ranks)
         result = None
+        # At the start, or what a signal broke off, which the log does not have.
+        validated = {entry["iteration"] for entry in entries if entry["val_loss"] is not None}
+        owed = not done_before or evaluates(done_before) and done_before not in validated
+        if any(ranks.add(owed and ranks.rank == 0)):
+            value = check(max(done_before, 1))
+            log.validation(max(done_before, 1), value)
+            stopping = value is None
+            start = time.perf_counter()
         for iteration, batch in zip(bar, batches, strict=False):
-            if iteration == 1:
-                value = check(1)
-                log.validation(1, value)
-                stopping = value is None
-                start = time.perf_counter()
-
             previous = result
             result = step(*batch, stopping=bool(caught))
             done.append(result)
@@ -791,7 +796,7 @@ def train(
                 stopping = stopping or previous[-1].item() > 0
             last = iteration == args.iters or stopping
             report = iteration % args.steps_per_report == 0 or last
-            evaluation = iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
+            evaluation = evaluates(iteration)
             save = iteration % args.save_every == 0 or last
             if report or evaluation or save:
                 mx.eval(done, model.trainable_parameters(), optimizer.state)

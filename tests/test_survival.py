@@ -301,6 +301,16 @@ def test_a_run_that_is_resumed_at_its_end_writes_the_adapters_that_were_asked_fo
     assert (tmp_path / "copy.npz").read_bytes() == (stopped / "adapters.npz").read_bytes()
 
 
+def test_a_validation_that_was_broken_off_is_made_up_for(flags, stopped, tmp_path):
+    folder = shutil.copytree(stopped, tmp_path / "copy")
+    adapter, log = folder / "adapters.npz", folder / "adapters.log.jsonl"
+    *lines, _ = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines))
+    process = run_script("lora.py", *resume(flags, adapter), "--iters", "10")
+    assert process.returncode == 0, process.stderr
+    assert logged(adapter) == logged(stopped / "adapters.npz")
+
+
 def test_a_state_that_lacks_something_is_one_line(flags, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
     with np.load(folder / "adapters.state.npz") as archive:
