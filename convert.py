@@ -271,6 +271,7 @@ def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
             config.get("model_type") not in ("llama", "mistral"),
             f"the architecture {config.get('model_type')}",
         ),
+        (config.get("quantization_config"), "a model that is quantized already"),
         (config.get("attention_bias") or config.get("mlp_bias"), "a model with biases"),
         (kind != "default", f"scaled RoPE ({kind})"),
         (config.get("hidden_act", "silu") != "silu", f"activation {config.get('hidden_act')}"),
@@ -387,6 +388,8 @@ def read_weights(
         axis = split_axis(name, tensors[name], shape)
         try:
             parts = [part.read() for part in tensors[name][: None if axis is not None else 1]]
+            if not parts[0].is_floating_point():
+                raise TypeError(f"its values are {parts[0].dtype}, which are no weights")
             half = (parts[0] if axis is None else torch.cat(parts, axis)).to(torch.float16)
             array = half.numpy()
         except Exception as error:

@@ -441,6 +441,7 @@ def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
         ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
         ({"model_type": "qwen2"}, "the architecture qwen2"),
         ({"attention_bias": True}, "biases"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "a model that is quantized already"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "scaled RoPE (llama3)"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "(linear)"),
         ({"rope_parameters": "linear"}, "'linear' does not describe RoPE"),
@@ -461,6 +462,14 @@ def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, sa
 def test_what_params_json_says_and_the_suite_cannot_run_is_refused(checkpoint, tmp_path, key):
     (checkpoint / "params.json").write_text(json.dumps({**META, key: {"factor": 8}}))
     assert f"({key}) is not supported" in error_of(run(checkpoint, tmp_path / "mlx"))
+
+
+def test_integers_are_no_weights(checkpoint, tmp_path):
+    tensors = checkpoint_tensors()
+    tensors["layers.1.attention.wo.weight"] = tensors["layers.1.attention.wo.weight"].to(torch.int8)
+    torch.save(tensors, checkpoint / "consolidated.00.pth")
+    error = error_of(run(checkpoint, tmp_path / "mlx"))
+    assert "layers.1.attention.wo.weight cannot be read (its values are torch.int8" in error
 
 
 def test_a_tokenizer_that_is_not_sentencepieces_is_refused(checkpoint, tmp_path):
