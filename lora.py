@@ -1597,7 +1597,9 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
 
 
 def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[str, str]:
-    """A digest of the data, the model and each flag; only paths may differ among ranks."""
+    """A digest of the data, the model and each flag, and whether this run goes on with another;
+    only paths may differ among ranks.
+    """
     folder = Path(args.model)
     files = [(folder / name).read_bytes() for name in ("params.json", "tokenizer.model")]
     texts = [list(dset) for dset in sets if dset is not None]
@@ -1606,6 +1608,7 @@ def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[st
         for name, value in vars(args).items()
         if name not in ("data", "model", "adapter_file", "resume_adapter_file")
     }
+    described["--resume-adapter-file"] = str(args.resume_adapter_file is not None)
     described["the data"] = digest(repr(texts).encode())
     described["the model"] = digest(b"".join([checksums(folder / "weights.npz"), *files]))
     return described

@@ -278,7 +278,9 @@ def test_a_host_that_cannot_be_reached_any_more_ends_both(flags, tmp_path, names
 # Ranks that do not belong together
 
 
-@pytest.mark.parametrize("what", ["the data", "the model", "--learning-rate", "a file"])
+@pytest.mark.parametrize(
+    "what", ["the data", "the model", "--learning-rate", "--resume-adapter-file", "a file"]
+)
 def test_ranks_that_differ_are_told_at_the_start(flags, data, tiny_model, tmp_path, what):
     other = shutil.copytree(data, tmp_path / "data")
     write_jsonl(other / "valid.jsonl", ["another text"])
@@ -289,6 +291,7 @@ def test_ranks_that_differ_are_told_at_the_start(flags, data, tiny_model, tmp_pa
         "the data": ["--data", str(other)],
         "the model": ["--model", str(model)],
         "--learning-rate": ["--learning-rate", "1e-4"],
+        "--resume-adapter-file": ["--resume-adapter-file", "adapters.npz"],
         "a file": ["--data", str(tmp_path)],
     }[what]
     ranks = start_ranks(2, tmp_path, *flags, of_rank=lambda rank: change if rank else [])
