@@ -760,8 +760,8 @@ def train(
     )
     entries = read_log(args.resume_adapter_file, done_before) if done_before else []
     log = TrainingLog(args.adapter_file, entries, writes=ranks.rank == 0)
+    model.train()
     model.grad_checkpoint = args.grad_checkpoint
-    limit = memory_limit()
     mx.reset_peak_memory()
     start = time.perf_counter()
     n_broken, saved = 0, True
@@ -774,7 +774,7 @@ def train(
 
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
-    with catch_signals() as caught:
+    with catch_signals() as caught, memory_limit_restored():
         check = partial(validate, model, val_set, loss, tokenizer, args, streams, caught, ranks)
         result = None
         # At the start, or what a signal broke off, which the log does not have.
@@ -827,15 +827,18 @@ def train(
         if stopping:
             raise Stopped(caught, args.iters)
     model.grad_checkpoint = False
-    mx.set_memory_limit(limit)
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
 
-def memory_limit() -> int:
-    """MLX's limit in bytes, which it tells only when another is set."""
-    limit = mx.set_memory_limit(0)
+@contextmanager
+def memory_limit_restored() -> Iterator[None]:
+    """MLX's memory limit is at the end as it was, however that comes."""
+    limit = mx.set_memory_limit(0)  # which tells the one before
     mx.set_memory_limit(limit)
-    return limit
+    try:
+        yield
+    finally:
+        mx.set_memory_limit(limit)
 
 
 class Stopped(Exception):
@@ -1389,6 +1392,7 @@ def generate_ids(
     has, by default all. `temp` 0 is greedy. Raises FloatingPointError where the first logits are
     not finite.
     """
+    model.eval()  # what only training needs is not made ready
     decoder = Decoder(model, read_prompt(model, prompt_ids[:-1]))
 
     def step(ids: mx.array) -> tuple[mx.array, mx.array]:

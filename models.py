@@ -337,17 +337,17 @@ def rotate_on_cuda(x: mx.array, offset: int, theta: float) -> mx.array:
     return rotated(x)
 
 
-def rotate(x: mx.array, offset: int | mx.array, theta: float) -> mx.array:
+def rotate(x: mx.array, offset: int | mx.array, theta: float, training: bool = False) -> mx.array:
     """Turn each pair of neighbouring channels by an angle that grows with the position.
 
     x: (B, L, heads, head_dim), the positions from `offset` on, which for one position may be an
-    array. Gives the same shape.
+    array. Gives the same shape. In `training`, CUDA has a kernel for it and for its gradient.
     """
     batch, length, heads, head_dim = x.shape
     if ON_CPU:
         tables = rotation(offset, length, head_dim, theta)
         return rotate_on_cpu(x, *(table.astype(x.dtype) for table in tables))
-    if isinstance(offset, int) and has_kernels(x):
+    if training and has_kernels(x):
         return rotate_on_cuda(x, offset, theta)
     if length > 1:  # one for each row: MLX then takes x as it lies
         offset = mx.tile(mx.arange(offset, offset + length), batch)
@@ -463,8 +463,10 @@ class RMSNorm(nn.Module):
         return mx.fast.rms_norm(x, self.weight, self.eps)
 
     def with_residual(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x, and x normalised. CUDA makes the sum of both gradients at once, none of the weight."""
-        if not has_kernels(x) or x.dtype != self.weight.dtype:
+        """x, and x normalised. In training, CUDA makes the sum of both gradients at once, and none
+        of the weight.
+        """
+        if not (self.training and x.dtype == self.weight.dtype and has_kernels(x)):
             return x, self(x)
 
         @mx.custom_function
@@ -510,7 +512,9 @@ class Attention(nn.Module):
             layer(x).reshape(*x.shape[:2], -1, self.head_dim)
             for layer in (self.wq, self.wk, self.wv)
         )
-        queries, keys = (rotate(heads, seen, self.rope_theta) for heads in (queries, keys))
+        queries, keys = (
+            rotate(heads, seen, self.rope_theta, self.training) for heads in (queries, keys)
+        )
         queries, keys, values = (heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
         cache = extend_cache(cache, keys, values)

@@ -3,6 +3,7 @@ of assembly, with a thread for each of a block's threads, and a process for each
 """
 
 import ctypes
+import itertools
 import mmap
 import re
 import shutil
@@ -205,7 +206,7 @@ ARGS = models.ModelArgs(
 )
 def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated_cuda, monkeypatch):
     mx.random.seed(1)
-    model = models.Model(ARGS)
+    model = models.Model(ARGS).eval()
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
@@ -215,7 +216,6 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
         for name in ("wq", "wv"):
             adapter = model.layers[1].attention[name]
             adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.3
-    monkeypatch.setattr(models, "has_kernels", lambda x: False)  # those for training
     monkeypatch.setattr(models, "CACHE_STEP", 256)
     tokens = mx.random.randint(0, 50, (1, 257))
     expected, _ = model(tokens)
@@ -228,7 +228,14 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
     tolerance = mx.abs(expected).max().item() * (2e-3 if dtype == "float16" else 1e-5)
     actual = mx.stack(logits, 1).astype(mx.float32)
     np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
-    assert emulated_cuda.count("decoder_layer") == 3 * ARGS.n_layers
+    assert emulated_cuda == ["decoder_layer"] * 3 * ARGS.n_layers
+
+
+def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
+    """A process that only generates has none of them compiled."""
+    ids = lora.generate_ids(models.Model(ARGS), [1, 2, 3], temp=0)
+    assert len(list(itertools.islice(ids, 4))) == 4
+    assert set(emulated_cuda) == {"decoder_layer"}
 
 
 @pytest.mark.parametrize(
