@@ -41,7 +41,7 @@ SEQ_LIMIT = 2048  # characters of a docstring at most
 TEST_SET_SIZE = 0.1  # share of the records that are the test set; the validation set is as large
 PACKAGE_NAMES = ["mlx"]  # whose docstrings to take
 DATA_FOLDER = "mlx-doc-data"  # where to write the files
-DATASET = {"train.jsonl": None, "valid.jsonl": None, "test.jsonl": None}  # texts of each file
+DATASET = {"train.jsonl": None, "valid.jsonl": None, "test.jsonl": None}  # the files' names
 BATCH_SIZE = 1000  # docstrings that a process hands over at once
 PREPROCESS = True  # make docstrings fit to learn from, or leave them as they are
 
@@ -202,10 +202,10 @@ def find_records(package: ModuleType) -> Iterator[Record]:
 
 def read_package(package: str, left_out: set[str], connection: Connection) -> None:
     """What such a process does: send what it imports, what it skips, and batches of records."""
-    reader = os.getpid()
+    own_pid = os.getpid()
 
     def tell(*message: object) -> None:
-        if os.getpid() != reader:
+        if os.getpid() != own_pid:
             os._exit(0)  # a module has forked: one of the two goes on
         connection.send(message)
 
@@ -280,7 +280,9 @@ def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) 
                 while True:
                     left = deadline - time.monotonic()
                     if not connection.poll(max(0, min(left, MODULE_SECONDS))):
-                        reason = f"it took longer than {min(PACKAGE_SECONDS, MODULE_SECONDS)} s"
+                        reason = f"it took longer than {MODULE_SECONDS} s"
+                        if left < MODULE_SECONDS:
+                            reason = f"the package took longer than {PACKAGE_SECONDS} s"
                         break
                     kind, *content = connection.recv()
                     if kind == "import":
@@ -566,6 +568,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.processes < 1:
         parser.error("--processes is at least 1")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and end the readers
     try:
         create_dataset(args.packages, Path(args.data_folder), args.processes, args.tokenizer)
     except KeyboardInterrupt:

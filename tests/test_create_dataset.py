@@ -7,6 +7,7 @@ import importlib
 import inspect
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -367,8 +368,21 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path):
     assert read(folders[0]) == read(folders[1])
 
 
-def test_ctrl_c_ends_all_processes(tmp_path):
-    make_package(tmp_path, "slow", hangs="import time; time.sleep(10**6)")
+def test_a_package_that_takes_too_long_is_named_as_such(tmp_path, monkeypatch, capfd):
+    slow = "import time; time.sleep(3)"
+    make_package(tmp_path, "slow", a=slow, b=slow, c=slow, d=slow)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(dataset, "MODULE_SECONDS", 9)
+    monkeypatch.setattr(dataset, "PACKAGE_SECONDS", 10)
+    dataset.create_dataset(["slow", "json"], tmp_path / "data", processes=2, tokenizer=None)
+    skipped = re.findall("skipped .*", capfd.readouterr()[0])
+    assert len(skipped) == 1
+    assert re.fullmatch(r"skipped slow\.\w: the package took longer than 10 s", skipped[0])
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_all_processes(tmp_path, number, status):
+    make_package(tmp_path, "slow", hangs="while True: pass")
     process = subprocess.Popen(
         [sys.executable, ROOT / "cwk_create_dataset.py", "slow", "--data-folder", tmp_path / "d"],
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
@@ -376,14 +390,17 @@ def test_ctrl_c_ends_all_processes(tmp_path):
         text=True,
     )
     time.sleep(3)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    process.send_signal(signal.SIGINT)
+    pgrep = ["pgrep", "-P", str(process.pid)]
+    children = subprocess.run(pgrep, capture_output=True, text=True, check=True).stdout.split()
+    process.send_signal(number)
     _, errors = process.communicate(timeout=30)
-    assert process.returncode == 130
+    assert process.returncode == status
     assert errors == ""
-    assert not children.exists()
+    deadline = time.monotonic() + 20
+    while subprocess.run(["ps", "-p", ",".join(children)], capture_output=True).returncode == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     assert not (tmp_path / "d").exists()
-    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).stdout == b""
 
 
 def test_tokens_are_counted_with_the_tokenizer_given(tmp_path):
