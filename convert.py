@@ -11,7 +11,6 @@ Out: a folder with weights.npz (float16), params.json and tokenizer.model, for l
 """
 
 import argparse
-import copy
 import difflib
 import json
 import os
@@ -32,7 +31,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
-from models import ON_CPU, Model, ModelArgs
+from models import ON_CPU, Model, ModelArgs, available_cores
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -366,10 +365,9 @@ def split_axis(name: str, parts: list[Stored], shape: tuple[int, ...]) -> int | 
     """
     if all(part.shape == shape for part in parts):
         return None
-    for axis in range(len(shape)):
-        joined = list(parts[0].shape)
-        same_rank = all(len(part.shape) == len(shape) for part in parts)
-        if same_rank:
+    if all(len(part.shape) == len(shape) for part in parts):
+        for axis in range(len(shape)):
+            joined = list(parts[0].shape)
             joined[axis] = sum(part.shape[axis] for part in parts)
             if tuple(joined) == shape:
                 return axis
@@ -387,13 +385,17 @@ def read_weights(
     for name, shape in shapes.items():
         axis = split_axis(name, tensors[name], shape)
         try:
-            parts = [part.read() for part in tensors[name][: None if axis is not None else 1]]
-            if not parts[0].is_floating_point():
-                raise TypeError(f"its values are {parts[0].dtype}, which are no weights")
+            parts = [part.read() for part in (tensors[name][:1] if axis is None else tensors[name])]
+            for part in parts:
+                if not part.is_floating_point():
+                    raise TypeError(f"its values are {part.dtype}, which are no weights")
             half = (parts[0] if axis is None else torch.cat(parts, axis)).to(torch.float16)
             array = half.numpy()
+        except MemoryError:
+            raise
         except Exception as error:
-            raise ValueError(f"{name} cannot be read ({str(error).splitlines()[0]})") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{name} cannot be read ({reason})") from error
         if not all(map(torch.isfinite, torch.aminmax(half))):
             raise ValueError(f"{name} holds values that are not finite in float16")
         yield name, array
@@ -438,8 +440,8 @@ def quantize(
 
     Takes `args.q_group_size` and `args.q_bits`. `config` stays as it was.
     """
-    quantized_config = copy.deepcopy(config)
-    quantized_config["quantization"] = {"group_size": args.q_group_size, "bits": args.q_bits}
+    settings = {"group_size": args.q_group_size, "bits": args.q_bits}
+    quantized_config = {**config, "quantization": settings}
     return dict(quantize_each(weights.items(), quantized_config)), quantized_config
 
 
@@ -458,7 +460,7 @@ def quantize_each(
         for name, module in Model(ModelArgs(**shape)).named_modules()
         if isinstance(module, nn.Linear) and name != "output"
     }
-    n_streams = os.cpu_count() if ON_CPU else 1  # a CPU's stream is one thread
+    n_streams = len(available_cores()) if ON_CPU else 1  # a CPU's stream is one thread
     streams = [mx.new_stream(mx.default_device()) for _ in range(n_streams)]
     for name, weight in weights:
         if name not in linear:
