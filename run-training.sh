@@ -21,7 +21,7 @@ LEARNING_RATE=${LEARNING_RATE:-1e-3}        # a small model bears, and needs, a 
 VAL_BATCHES=${VAL_BATCHES:-5}               # a look on the way; the test is on all of its set
 EVAL_EVERY=${EVAL_EVERY:-86}                # steps between two looks
 
-if [ "$TORCH_PATH" = "$here/base-model" ]; then
+if [ "$TORCH_PATH" -ef "$here/base-model" ]; then
     "$PYTHON" "$here/base-model/make.py"
 fi
 if [ ! -f "$MODEL/params.json" ]; then
