@@ -60,7 +60,9 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
 BROKEN_STEPS = 3  # so many in a row that are not finite end the training
-ADAPTER_KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.attention\.(wq|wv)\.lora_[ab]")
+ADAPTER_KEY = re.compile(
+    rf"layers\.(0|[1-9]\d{{0,3}})\.attention\.({'|'.join(LORA_PROJECTIONS)})\.lora_[ab]"
+)
 QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
@@ -171,7 +173,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:
     """Find what cannot work before anything is loaded, with `n_ranks` processes; `writes` says
-    whether this is the one whose files count.
+    whether this is the one whose files count. A prompt that is to be read, is.
 
     Raises ValueError or FileNotFoundError.
     """
@@ -414,33 +416,6 @@ class Ranks:
 ALONE = Ranks()
 
 
-def prepare_alike(
-    ranks: Ranks, prepare: Callable[[], tuple], describe: Callable[..., dict[str, str]]
-) -> tuple:
-    """What `prepare` gives, on each of the ranks.
-
-    Raises ValueError, on all of them, where it fails on one, or where what `describe` says of its
-    values is not the same everywhere.
-    """
-    if ranks.size == 1:
-        return prepare()
-    values, problem, identity = (), None, {}
-    try:
-        values = prepare()
-        identity = describe(*values)
-    except MISTAKES as error:
-        problem = str(error)[:1000]  # which `gather` takes, however JSON spells it
-    all_ranks = [json.loads(text) for text in ranks.gather(json.dumps([problem, identity]))]
-    expected = all_ranks[0][1]
-    for rank, (problem, identity) in enumerate(all_ranks):
-        if problem is not None:
-            raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
-        for name in expected:
-            if identity[name] != expected[name]:
-                raise ValueError(f"{name} of rank {rank} is not that of rank 0: give all the same")
-    return values
-
-
 # -------------------------------------------------------------------------------------------------
 # Tokenizer
 
@@ -471,7 +446,7 @@ class Tokenizer:
         return self._model.vocab_size()
 
     def encode(self, s: str, eos: bool = False) -> list[int]:
-        """Token ids of `s` behind the beginning-of-sequence token, with the end token if asked."""
+        """Token ids of `s` after the beginning-of-sequence token, with the end token if asked."""
         ids = [self._model.bos_id(), *self._model.encode(s)]
         return [*ids, self.eos_id] if eos else ids
 
@@ -487,7 +462,7 @@ def decode_stream(
     A piece comes every `every` ids. A character whose bytes are spread over ids is held back until
     it is whole.
     """
-    # Ids are decoded behind some that are already shown: the first of a text loses its space.
+    # Ids are decoded after some that are already shown: the first of a text loses its space.
     context, fresh = list(prompt_ids), []
     shown = tokenizer.decode(context)
     for count in itertools.count(1):
@@ -744,8 +719,8 @@ def train(
     every `args.save_every` steps and at the end. Validation is at the first step, before the
     update, at every `args.steps_per_eval`, and at the last. Each of the ranks takes its rows of
     each batch, and all make the same update; rank 0 alone reports and saves.
-    Raises Stopped after SIGINT or SIGTERM, FloatingPointError when the training has broken down,
-    each after saving, and OSError when the last save failed.
+    Raises NotSaved when the last save failed; else, after saving, Stopped at SIGINT or SIGTERM and
+    FloatingPointError when the training has broken down.
     """
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
     identity = describe_run(model.args, train_set, tokenizer, args)
@@ -764,10 +739,25 @@ def train(
     model.grad_checkpoint = args.grad_checkpoint
     mx.reset_peak_memory()
     start = time.perf_counter()
-    n_broken, saved = 0, True
+    iteration, n_broken, saved = done_before, 0, True
     if done_before == args.iters:  # nothing is left to do but to write what was asked for
         saved = save_step(done_before, done, seconds)
-    stopping = False  # for a signal; all ranks have it true at the same step
+    stopping = False  # for a signal; becomes true on all ranks at the same step
+
+    def check(iteration: int) -> bool:
+        """Report the validation loss; false where a rank caught a signal meanwhile."""
+        start = time.perf_counter()
+        value = evaluate(
+            model, val_set, loss, tokenizer, args.batch_size, args.val_batches, streams,
+            stop=lambda: bool(caught), ranks=ranks,
+        )  # fmt: skip
+        if value is None:
+            return False
+        took = time.perf_counter() - start
+        say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
+        if math.isfinite(value):
+            log.add(iteration, val_loss=value)
+        return True
 
     def evaluates(iteration: int) -> bool:
         return iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
@@ -775,15 +765,12 @@ def train(
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
     with catch_signals() as caught, memory_limit_restored():
-        check = partial(validate, model, val_set, loss, tokenizer, args, streams, caught, ranks)
         result = None
         # At the start, or what a signal broke off, which the log does not have.
         validated = {entry["iteration"] for entry in entries if entry["val_loss"] is not None}
         owed = not done_before or evaluates(done_before) and done_before not in validated
         if any(ranks.add(owed and ranks.rank == 0)):
-            value = check(max(done_before, 1))
-            log.validation(max(done_before, 1), value)
-            stopping = value is None
+            stopping = not check(max(done_before, 1))
             start = time.perf_counter()
         for iteration, batch in zip(bar, batches, strict=False):
             previous = result
@@ -803,29 +790,31 @@ def train(
                 seconds += time.perf_counter() - start
             if report:
                 n_broken, mean, n_tokens = report_steps(done, seconds, iteration, n_broken)
-                log.training(iteration, mean, args.learning_rate, n_tokens, n_tokens / seconds)
-                bar.set_postfix_str(f"loss {mean:.3f}, {n_tokens / seconds:,.0f} tokens/s")
+                speed = n_tokens / seconds
+                log.add(
+                    iteration, n_tokens, loss=mean, learning_rate=args.learning_rate,
+                    tokens_per_second=speed,
+                )  # fmt: skip
+                bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
                 done, seconds = [], 0.0
             if evaluation:
-                value = check(iteration)
-                log.validation(iteration, value)
-                stopping = stopping or value is None
+                stopping = not check(iteration) or stopping
             if save or stopping or n_broken >= BROKEN_STEPS:
                 saved = save_step(iteration, done, seconds)
-            if stopping:
-                raise Stopped(caught, iteration) if saved else NotSaved(args.adapter_file)
-            if n_broken >= BROKEN_STEPS:
-                raise FloatingPointError(
-                    f"at iteration {iteration} the last {n_broken} losses or gradients were not "
-                    "finite: lower --learning-rate, or give --dtype float32 if it is float16"
-                )
+            if stopping or n_broken >= BROKEN_STEPS:
+                break
             if report or evaluation or save:
                 start = time.perf_counter()
-        stopping = any(ranks.add(len(caught)))
-        if not saved:
-            raise NotSaved(args.adapter_file)
-        if stopping:
-            raise Stopped(caught, args.iters)
+        stopping = any(ranks.add(stopping or len(caught)))
+    if not saved:
+        raise NotSaved(args.adapter_file)
+    if n_broken >= BROKEN_STEPS:
+        raise FloatingPointError(
+            f"at iteration {iteration} the last {n_broken} losses or gradients were not finite: "
+            "lower --learning-rate, or give --dtype float32 if it is float16"
+        )
+    if stopping:
+        raise Stopped(caught, iteration)
     model.grad_checkpoint = False
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
 
@@ -858,7 +847,7 @@ class NotSaved(OSError):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Gives a list to which SIGINT or SIGTERM is appended. A second one acts as ever, at once."""
+    """Gives a list to which SIGINT or SIGTERM is appended. A second one acts as without us."""
     caught = []
     before = {}
 
@@ -951,13 +940,13 @@ def make_step(
 
     def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
         nonlocal longest
-        is_first = mx.cuda.is_available() and batch[0].shape[1] > longest
-        if is_first:  # what a step takes at least: none of its work may queue up
+        is_longest = mx.cuda.is_available() and batch[0].shape[1] > longest
+        if is_longest:  # what a step takes at least: none of its work may queue up
             mx.eval(state)
             mx.set_memory_limit(mx.get_active_memory())
         result = compiled(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
-        if is_first:  # that, and a little for work that waits; rather than queue more, MLX does
+        if is_longest:  # that, and a little for work that waits; rather than queue more, MLX does
             mx.eval(state)
             mx.set_memory_limit(mx.get_peak_memory() + QUEUE_ROOM)
             longest = batch[0].shape[1]
@@ -979,46 +968,10 @@ def from_vector(vector: mx.array, tree: dict) -> dict:
     return tree_unflatten([(name, part.reshape(value.shape)) for (name, value), part in parts])
 
 
-def validate(
-    model: Model,
-    val_set: Dataset,
-    loss: Callable,
-    tokenizer: Tokenizer,
-    args: argparse.Namespace,
-    streams: list[mx.Stream],
-    caught: list[int],
-    ranks: Ranks,
-    iteration: int,
-) -> float | None:
-    """Compute, report and give the validation loss, unless a rank catches a signal meanwhile."""
-    start = time.perf_counter()
-    value = evaluate(
-        model,
-        val_set,
-        loss,
-        tokenizer,
-        args.batch_size,
-        args.val_batches,
-        streams,
-        stop=lambda: bool(caught),
-        ranks=ranks,
-    )
-    took = time.perf_counter() - start
-    if value is None:
-        return None
-    say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
-    return value
-
-
 def say(line: str) -> None:
     """Print a line to standard output, past any progress bar."""
     tqdm.write(line, file=sys.stdout)
     sys.stdout.flush()
-
-
-def partial_file(path: str | Path) -> Path:
-    """Where a file is first written."""
-    return Path(f"{path}.partial")
 
 
 @contextmanager
@@ -1026,7 +979,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and not before. One that is
     whole and cannot take it stays for `finish_save`.
     """
-    beside = partial_file(path)
+    beside = Path(f"{path}.partial")
     try:
         with open(beside, "wb") as file:
             yield file
@@ -1043,7 +996,7 @@ class TrainingLog:
     validation, and `adapters.png`, the curves of the losses, drawn at each validation.
 
     It begins with the `entries` of the run that this one goes on with. What cannot be written is a
-    warning: the training is worth more. Where it is not the one that `writes`, it does nothing.
+    warning: the training is worth more. Only the one that `writes` touches files.
     """
 
     def __init__(self, adapter_file: str | Path, entries: list[dict], writes: bool = True):
@@ -1053,40 +1006,23 @@ class TrainingLog:
         self.entries = entries
         self._write(replacing, self.entries)
 
-    def training(
-        self, iteration: int, loss: float, learning_rate: float, n_tokens: int, speed: float
-    ) -> None:
-        """Add a report; `n_tokens` are those since the last, `speed` is in tokens a second."""
-        loss = loss if math.isfinite(loss) else None  # JSON has no NaN
-        self._add(iteration, loss, None, learning_rate, n_tokens, speed)
-
-    def validation(self, iteration: int, loss: float | None) -> None:
-        """Add a validation, and draw the picture anew; None is one that did not end."""
-        if loss is not None and math.isfinite(loss):
-            self._add(iteration, None, loss, None, 0, None)
-            self._draw()
-
-    def _add(
-        self,
-        iteration: int,
-        loss: float | None,
-        val_loss: float | None,
-        learning_rate: float | None,
-        n_tokens: int,
-        speed: float | None,
-    ) -> None:
+    def add(self, iteration: int, n_tokens: int = 0, **figures: float) -> None:
+        """Add a report or a validation, which draws the picture anew; `n_tokens` are those since
+        the last entry. What is not finite is left out, since JSON has no NaN.
+        """
+        names = ("loss", "val_loss", "learning_rate", "tokens_per_second")
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         entry = {
             "iteration": iteration,
-            "loss": loss,
-            "val_loss": val_loss,
-            "learning_rate": learning_rate,
-            "tokens_per_second": speed,
+            **{name: finite.get(name) for name in names},
             "tokens": n_tokens + (self.entries[-1]["tokens"] if self.entries else 0),
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         self.entries.append(entry)
         self._write(partial(open, mode="ab"), [entry])
+        if "val_loss" in finite:
+            self._draw()
 
     def _write(self, opened: Callable, entries: list[dict]) -> None:
         if not self.writes:
@@ -1154,19 +1090,15 @@ def parse_entry(line: bytes) -> dict | None:
 # draws no random numbers but those of the data's order, which is a function of seed and epoch.
 
 
-def state_file(adapter_file: str | Path) -> Path:
-    """`adapters.state.npz` for `adapters.npz`."""
-    path = Path(adapter_file)
-    return path.with_name(f"{path.stem}.state{path.suffix}")
-
-
 def describe_run(
     shape: ModelArgs, train_set: Dataset, tokenizer: Tokenizer, args: argparse.Namespace
 ) -> dict:
     """What decides a run's result, so that a state is not used in another run."""
     rows = train_set.encode(tokenizer)
     return {
-        "the training data": digest(np.concatenate([[len(row), *row] for row in rows]).tobytes()),
+        "the training data": digest(
+            np.concatenate([np.append(len(row), row) for row in rows]).tobytes()
+        ),
         "the model": digest(checksums(Path(args.model) / "weights.npz")),
         "params.json": vars(shape),
         "--batch-size": args.batch_size,
@@ -1243,7 +1175,7 @@ def save(
         os.fsync(file.fileno())  # for `finish_save`
         files = [Path(file.name), *([old] if old.is_file() else [])]
         state["files"] = np.array([digest(path.read_bytes()) for path in files])
-        with replacing(state_file(adapter_file)) as beside:
+        with replacing(sibling(adapter_file, ".state.npz")) as beside:
             np.savez(beside, **state)
 
 
@@ -1251,11 +1183,11 @@ def finish_save(adapter_file: str | Path) -> None:
     """Put adapters into the place that a kill has left to those before them, when their state was
     in its own.
     """
-    adapter, beside = Path(adapter_file), partial_file(adapter_file)
+    adapter, beside = Path(adapter_file), Path(f"{adapter_file}.partial")
     if not beside.is_file():
         return
     try:
-        with np.load(state_file(adapter_file)) as archive:
+        with np.load(sibling(adapter_file, ".state.npz")) as archive:
             new, *old = archive["files"].tolist()
     except Exception:  # there is none, or it is damaged, which `restore` says
         return
@@ -1276,7 +1208,7 @@ def restore(
 
     Raises ValueError when the state is damaged, or of a run that differs.
     """
-    adapter, path = Path(args.resume_adapter_file), state_file(args.resume_adapter_file)
+    adapter, path = Path(args.resume_adapter_file), sibling(args.resume_adapter_file, ".state.npz")
     instead = f"to begin a new run from the weights alone, move {path} away"
     content = ranks.read(path)
     if content is None:
@@ -1310,7 +1242,7 @@ def restore(
         )
     model.update(matrices)
     optimizer.state.update(moments)
-    say(f"The run goes on behind iteration {iteration}")
+    say(f"The run goes on after iteration {iteration}")
     return iteration, done, seconds
 
 
@@ -1326,8 +1258,8 @@ def load_adapter(model: Model, path: str | Path, ranks: Ranks = ALONE) -> None:
             f"{path} adapts layer {max(layers)} of a model that has {len(model.layers)} layers: "
             "use the model that it was trained on"
         )
-    ranks = {matrix.shape[name.endswith("lora_a")] for name, matrix in matrices.items()}
-    add_lora(model, sorted(layers), max(ranks))
+    lora_ranks = {matrix.shape[name.endswith("lora_a")] for name, matrix in matrices.items()}
+    add_lora(model, sorted(layers), max(lora_ranks))
     expected = dict(tree_flatten(model.trainable_parameters()))
     for name in expected:
         if name not in matrices:
@@ -1377,7 +1309,7 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
 
 
 def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
-    """The key-value cache behind `ids`, which go through the model in pieces; None without any."""
+    """The key-value cache after `ids`, which go through the model in pieces; None without any."""
     cache = None
     for start in range(0, len(ids), PREFILL):
         _, cache = model(mx.array([ids[start : start + PREFILL]]), cache)
@@ -1388,9 +1320,9 @@ def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
 def generate_ids(
     model: Model, prompt_ids: list[int], temp: float, n_ids: int | None = None
 ) -> Iterator[int]:
-    """Yield the ids that the model puts behind the prompt, for ever, of the first `n_ids` that it
-    has, by default all. `temp` 0 is greedy. Raises FloatingPointError where the first logits are
-    not finite.
+    """Yield the ids that follow the prompt, without end, of the first `n_ids` of the vocabulary, by
+    default all. `temp` 0 is greedy. Raises FloatingPointError where the first logits are not
+    finite.
     """
     model.eval()  # what only training needs is not made ready
     decoder = Decoder(model, read_prompt(model, prompt_ids[:-1]))
@@ -1556,14 +1488,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
     if args.resume_adapter_file and ranks.rank == 0:
         finish_save(args.resume_adapter_file)
-
-    def prepare() -> tuple[list[Dataset | None], Model, Tokenizer]:
-        check_arguments(args, ranks.size, writes=ranks.rank == 0)
-        sets = load(args)  # before the model, since a mistake there shows at once
-        say("Loading pretrained model")
-        return sets, *load_model(args.model, DTYPES.get(args.dtype))
-
-    sets, model, tokenizer = prepare_alike(ranks, prepare, partial(describe_input, args))
+    sets, model, tokenizer = prepare(args, ranks)
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
     if adapter is not None:
@@ -1600,7 +1525,38 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         generate(model, args.prompt, tokenizer, args)
 
 
-def describe_input(args: argparse.Namespace, sets: tuple, *_: object) -> dict[str, str]:
+def prepare(
+    args: argparse.Namespace, ranks: Ranks
+) -> tuple[tuple[Dataset | None, ...], Model, Tokenizer]:
+    """The data sets, the model and the tokenizer, on each of the ranks.
+
+    Raises ValueError, on all of them, where that fails on one, or where they are not the same.
+    """
+    prepared, problem, identity = (), None, {}
+    try:
+        check_arguments(args, ranks.size, writes=ranks.rank == 0)
+        sets = load(args)  # before the model, since a mistake there shows at once
+        say("Loading pretrained model")
+        prepared = sets, *load_model(args.model, DTYPES.get(args.dtype))
+        if ranks.size == 1:
+            return prepared
+        identity = describe_input(args, sets)
+    except MISTAKES as error:
+        if ranks.size == 1:
+            raise
+        problem = str(error)[:600]  # which `gather` takes, however JSON spells it
+    all_ranks = [json.loads(text) for text in ranks.gather(json.dumps([problem, identity]))]
+    expected = all_ranks[0][1]
+    for rank, (problem, identity) in enumerate(all_ranks):
+        if problem is not None:
+            raise ValueError(problem if rank == 0 else f"rank {rank}: {problem}")
+        for name in expected:
+            if identity[name] != expected[name]:
+                raise ValueError(f"{name} of rank {rank} is not that of rank 0: give all the same")
+    return prepared
+
+
+def describe_input(args: argparse.Namespace, sets: tuple) -> dict[str, str]:
     """A digest of the data, the model and each flag, and whether this run goes on with another;
     only paths may differ among ranks.
     """

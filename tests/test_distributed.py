@@ -231,7 +231,7 @@ def test_a_run_of_killed_ranks_goes_on_with_another_number_of_them(
     resumed = [*flags, "--resume-adapter-file", "adapters.npz"]
     statuses, output, errors = end(start_ranks(n_later, tmp_path, *resumed))
     assert statuses == [0] * n_later, errors
-    assert "The run goes on behind iteration" in output
+    assert "The run goes on after iteration" in output
     assert_same_adapters(tmp_path, alone[0])
 
 

@@ -125,7 +125,7 @@ def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_f
         "lora.py", *flags, "--adapter-file", adapter, "--resume-adapter-file", adapter
     )
     assert process.returncode == 0, process.stderr
-    assert "The run goes on behind iteration 1" in process.stdout
+    assert "The run goes on after iteration 1" in process.stdout
     assert adapter.read_bytes() == uninterrupted.read_bytes()
 
 
