@@ -1406,13 +1406,17 @@ def load_weights(model: Model, path: Path, dtype: mx.Dtype) -> None:
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
     expected = dict(tree_flatten(model.parameters()))
-    check_memory(sum(value.size for value in expected.values()) * dtype.size)
+    packed = [value.nbytes for value in expected.values() if value.dtype == mx.uint32]
+    others = [value.size * dtype.size for value in expected.values() if value.dtype != mx.uint32]
+    check_memory(sum(packed + others))
     for name in sorted(expected.keys() | names):
         if name not in expected or name not in names:
             lacks = "lacks" if name in expected else "has an unknown"
             raise ValueError(f"{path} {lacks} {name}: it does not go with params.json")
         try:
             value = mx.array(archive[name])
+        except MemoryError:
+            raise
         except Exception as error:
             raise ValueError(f"{name} in {path} is damaged ({error}): run convert.py") from error
         if value.shape != expected[name].shape:
