@@ -300,7 +300,7 @@ def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
 
 def interleaved(stored: Stored, n_heads: int) -> Stored:
     """Rows of wq or wk as Meta has them: of each head, a row of the first half, then its partner
-    of the second, where Hugging Face has one half behind the other.
+    of the second, where Hugging Face has one half after the other.
     """
 
     def read() -> torch.Tensor:

@@ -307,7 +307,7 @@ def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) 
 
 
 ROLE = re.compile(r":[\w:+.-]+:`([^`]*)`")
-# A directive, what stands behind it, and its options.
+# A directive, what stands after it, and its options.
 DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::[ \t]*(.*)((?:\n\1 +:[\w-]+:.*)*)$", re.MULTILINE)
 SHOWN_AS = {"versionadded": "New in version", "versionchanged": "Changed in version"}
 SHOWN_AS |= {"deprecated": "Deprecated since version"}

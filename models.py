@@ -35,8 +35,8 @@ def load_fast_blas() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library of Linux reuse the memory of large arrays, where it would give each back
-    to the system at once, and wait for the system to clear it when it is needed again.
+    """Have the C library of Linux keep the memory of freed arrays for others. By default it gives
+    that of large ones back to the system, which has to clear pages for each new one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -52,17 +52,17 @@ import mlx.nn as nn  # noqa: E402
 
 ON_CPU = mx.default_device() == mx.Device(mx.cpu)
 if ON_CPU:
-    # MLX then queues the work of all streams in turns, not that of one behind that of another.
+    # MLX then queues the work of all streams in turns, not that of one after that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 elif mx.cuda.is_available():
     # The graphs that each length of a batch takes are kept, not made anew for each batch.
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 LORA_SCALE = 2.0
 CACHE_STEP = 512  # positions by which the key-value cache grows
-THREADS = 512  # of a block of CUDA's
-SHARED_MEMORY = 80_000  # bytes that they share, beside those of attention
-ATTENTION_MEMORY = 17_000  # what that takes, up to a head_dim of 256
-MAX_SPLITS = 16  # parts of all positions, to each of which a block attends
+THREADS = 512  # of a CUDA block
+SHARED_MEMORY = 80_000  # bytes of dynamic shared memory a block
+ATTENTION_MEMORY = 17_000  # bytes of static shared memory for attention, up to a head_dim of 256
+MAX_SPLITS = 16  # blocks, at most, that share the positions of one head
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
 FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
@@ -83,9 +83,9 @@ def available_cores() -> list[int]:
 
 
 def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
-    """Up to `n` streams that work side by side: on a CPU, where MLX runs a stream on one thread, as
-    many as there are cores for each of the `n_sharing` processes that have them, which the BLAS's
-    threads are shared out among; on a GPU one.
+    """Streams to share a batch out among. On a CPU, where MLX runs a stream on one thread: at most
+    `n`, and at most this process's share of the cores, which `n_sharing` processes have; the
+    threads of the BLAS are divided among them. On a GPU: the default stream.
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
@@ -98,10 +98,10 @@ def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
 
 
 def set_portions(training: bool) -> None:
-    """How much work a GPU with CUDA is handed at once, in megabytes that it touches, if the user
-    has not set that. To be called before MLX computes anything.
+    """Set how many megabytes of arrays the work that CUDA is handed at once may touch, unless the
+    user has. To be called before MLX computes anything.
 
-    Small portions hold less memory while they wait. Between two the GPU rests, so that generating
+    Small portions hold less memory while they wait. Between two the GPU idles, so that generating
     takes one for all layers.
     """
     if mx.cuda.is_available():  # Metal would heed it as well
@@ -109,8 +109,8 @@ def set_portions(training: bool) -> None:
 
 
 def exp(x: mx.array) -> mx.array:
-    """e to the x. The power, as exact as `mx.exp`, takes a third of its time on a CPU."""
-    return mx.power(math.e, x) if ON_CPU else mx.exp(x)
+    """e to the x, for a CPU: the power, as exact as `mx.exp`, takes a third of its time."""
+    return mx.power(math.e, x)
 
 
 def row_max(x: mx.array) -> mx.array:
@@ -229,12 +229,9 @@ def attend_on_cpu_vjp(
     cotangents: tuple[mx.array, mx.array, mx.array],
     outputs: tuple[mx.array, mx.array, mx.array],
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    (queries, keys, values, mask), (cotangent, *_), (out, powers, total) = (
-        primals,
-        cotangents,
-        outputs,
-    )
-    cotangent = cotangent / total
+    queries, keys, values, mask = primals
+    out, powers, total = outputs
+    cotangent = cotangents[0] / total
     # The sum over a row of weights times their gradients is that of output times its gradient (Dao
     # et al., "FlashAttention", 2022), which has fewer columns.
     gradient = powers * (cotangent @ values.swapaxes(-1, -2) - row_sum(cotangent * out))
@@ -256,7 +253,7 @@ def causal_mask(n: int, seen: int, n_sharing: int, dtype: mx.Dtype) -> mx.array:
 
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Scaled dot-product attention, in which the last query sees all keys, and earlier ones less.
+    """Scaled dot-product attention; the last query sees all keys, each earlier one a key fewer.
 
     queries: (B, H, L, head_dim); keys and values: (B, K, S, head_dim). Gives the queries' shape.
     """
@@ -300,7 +297,7 @@ def rotation(offset: int, length: int, head_dim: int, theta: float) -> tuple[mx.
 
 @lru_cache
 def right_angle(head_dim: int, dtype: mx.Dtype) -> mx.array:
-    """The matrix that makes a pair of channels (a, b) into (-b, a), its turn by a right angle."""
+    """The matrix that maps each pair of channels (a, b) to (-b, a)."""
     return mx.array(np.kron(np.eye(head_dim // 2), [[0, 1], [-1, 0]]), dtype)
 
 
@@ -436,9 +433,9 @@ class LoRALinear(nn.Module):
         lora.linear = linear
         return lora
 
-    def __init__(self, input_dims: int, output_dims: int, rank: int = 8, bias: bool = False):
+    def __init__(self, input_dims: int, output_dims: int, rank: int = 8):
         super().__init__()
-        self.linear = nn.Linear(input_dims, output_dims, bias=bias)
+        self.linear = Linear(input_dims, output_dims)
         bound = 1 / math.sqrt(input_dims)
         self.lora_a = mx.random.uniform(-bound, bound, (input_dims, rank))
         self.lora_b = mx.zeros((rank, output_dims))
@@ -544,7 +541,7 @@ def extend_cache(cache: LayerCache | None, keys: mx.array, values: mx.array) -> 
     filled = seen + keys.shape[2]
     if filled > old_keys.shape[2]:
         old_keys, old_values = (with_room(array, seen, filled) for array in (old_keys, old_values))
-    old_keys, old_values = old_keys[...], old_values[...]  # names of their own: theirs stay as is
+    old_keys, old_values = old_keys[...], old_values[...]  # new arrays: the caller's stay as is
     old_keys[:, :, seen:filled] = keys
     old_values[:, :, seen:filled] = values
     return old_keys, old_values, filled
@@ -641,8 +638,9 @@ def without_lora(layer: nn.Module) -> nn.Module:
 
 
 def join_lora(layers: tuple[nn.Module, ...], ends: list[int]) -> list[mx.array]:
-    """One pair of LoRA matrices for layers of which each gives the outputs up to its end in `ends`:
-    (D, all ranks) and (all ranks, all outputs); nothing where no layer is adapted.
+    """The LoRA pairs of layers with the same input as one pair: (D, sum of ranks), and block by
+    block (sum of ranks, all outputs). `ends` is where each layer's outputs end. Nothing where no
+    layer is adapted.
     """
     pairs = []
     for layer, start, end in zip(layers, [0, *ends], ends, strict=False):
@@ -656,7 +654,7 @@ def join_lora(layers: tuple[nn.Module, ...], ends: list[int]) -> list[mx.array]:
 
 
 class VectorProduct:
-    """What linear layers give for the same vector, side by side: (1, 1, D) to (1, 1, all outputs).
+    """Linear layers applied to one vector, outputs concatenated: (1, 1, D) to (1, 1, all outputs).
 
     For a GPU their weights become parts of one matrix, so that they take no memory twice. LoRA
     matrices are joined into one pair, in the dtype of the weights.
@@ -693,7 +691,7 @@ class VectorProduct:
 
 
 class Decoder:
-    """`model`, to go on behind the positions in `cache` with one token at a time, of one text.
+    """Decodes one text token by token, from the positions in `cache` on.
 
     The cache's arrays are written in place, so that nobody else should hold them. With CUDA, what
     one decoder gave should be evaluated before another is called (see `fused_layers`).
@@ -711,7 +709,7 @@ class Decoder:
         self.run_layers = fused_layers(model) or separate_layers(model)
 
     def __call__(self, token: mx.array) -> mx.array:
-        """The logits (1, V) of the token behind `token`, (1, 1) integer."""
+        """The logits (1, V) of the token after `token`, (1, 1) integer."""
         if self.seen == self.cache[0][0].shape[2]:
             mx.eval(self.last)  # and with it all that writes in place what is copied here
             for arrays in self.cache:
@@ -722,13 +720,13 @@ class Decoder:
 
 
 def separate_layers(model: Model) -> Callable:
-    """A function that gives what the layers make of x (1, 1, D), which stands behind `seen`
+    """A function that gives what the layers make of x (1, 1, D), which comes after `seen`
     positions, and that puts its keys and values into a cache with room for them.
     """
-    # What comes before each layer's attention and what behind it. A GPU has each compiled.
+    # What comes before each layer's attention and what after it. A GPU has each compiled.
     compiled = (lambda function: function) if ON_CPU else mx.compile
     pieces = [
-        (compiled(before_attention(layer)), compiled(behind_attention(layer)))
+        (compiled(before_attention(layer)), compiled(after_attention(layer)))
         for layer in model.layers
     ]
 
@@ -736,12 +734,10 @@ def separate_layers(model: Model) -> Callable:
         position = seen if ON_CPU else mx.array(seen)  # or each would be compiled anew
         new = slice(None), slice(None), slice(seen, seen + 1)
         filled = slice(None), slice(None), slice(0, seen + 1)
-        for layer, (before, behind), (keys, values) in zip(
-            model.layers, pieces, cache, strict=True
-        ):
+        for layer, (before, after), (keys, values) in zip(model.layers, pieces, cache, strict=True):
             queries, keys[new], values[new] = before(x, position)
             attended = attend(queries, keys[filled], values[filled], layer.attention.scale)
-            x = behind(x, attended)
+            x = after(x, attended)
         return x
 
     return run
@@ -764,7 +760,7 @@ def before_attention(layer: TransformerBlock) -> Callable:
     return before
 
 
-def behind_attention(layer: TransformerBlock) -> Callable:
+def after_attention(layer: TransformerBlock) -> Callable:
     """A function that gives what the layer makes of x (1, 1, D) and of what its attention gave,
     (1, H, 1, head_dim).
     """
@@ -772,12 +768,12 @@ def behind_attention(layer: TransformerBlock) -> Callable:
     wo, w2 = VectorProduct(layer.attention.wo), VectorProduct(feed_forward.w2)
     w13 = VectorProduct(feed_forward.w1, feed_forward.w3)
 
-    def behind(x: mx.array, attended: mx.array) -> mx.array:
+    def after(x: mx.array, attended: mx.array) -> mx.array:
         x = x + wo(attended.reshape(1, 1, -1))
         gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
         return x + w2(swiglu(gate, up) if ON_CPU else nn.silu(gate) * up)  # one kernel, compiled
 
-    return behind
+    return after
 
 
 # -------------------------------------------------------------------------------------------------
@@ -807,7 +803,7 @@ struct Bfloat16 {
 TRAINING_KERNELS = """
 struct alignas(8 * sizeof(Number)) Eight { Number values[8]; };
 
-// Of silu(gate) * up.
+// The gradients of silu(gate) * up.
 extern "C" __global__ void swiglu_gradients(
     const Eight* gates, const Eight* ups, const Eight* cotangents,
     Eight* of_gates, Eight* of_ups, unsigned n_threads
@@ -825,7 +821,7 @@ extern "C" __global__ void swiglu_gradients(
     of_ups[at] = of_up;
 }
 
-// Of RMSNorm, plus `passed`: each warp takes a row.
+// The gradient of RMSNorm's input, plus `passed`, that of the residual. Each warp takes a row.
 extern "C" __global__ void rms_norm_gradient(
     const Eight* inputs, const Eight* weights, const Eight* passed, const Eight* cotangents,
     Eight* gradients, unsigned n_threads, int dim, int bits_of_epsilon
@@ -975,7 +971,7 @@ struct Matrix { const void* weight; const Number *scales, *biases; };
 
 using Count = unsigned long long;
 
-extern __shared__ Vector shared[];  // what matrices are multiplied by, and behind it its totals
+extern __shared__ Vector shared[];  // what matrices are multiplied by, and after it its totals
 
 __device__ float sum_of_warp(float x) {
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
@@ -1093,10 +1089,10 @@ template <int K> __device__ __noinline__ float dot(Matrix matrix, int row) {
     return sum_of_warp(sum);
 }
 
-// One query head's part `split` of all positions: sums of values (HEAD_DIM), weighted as in
-// "FlashAttention", the highest score and the total of weights. `heads` (QKV + ranks) are queries,
-// keys and values at `position`, before LoRA and rotation, and the products with LoRA's first
-// matrices. The last part has that position, and adds it to the cache.
+// One query head's part `split` of all positions, as in "Flash-Decoding" (Dao et al., 2023): sums
+// of weighted values (HEAD_DIM), the highest score and the total of weights. `heads` (QKV + ranks)
+// are queries, keys and values at `position`, before LoRA and rotation, and the products with
+// LoRA's first matrices. The last part has that position, and adds it to the cache.
 __device__ void attend(
     int head, int split, int splits, const float* heads, const Number* lora_b, int ranks,
     Number* keys, Number* values, const float* frequencies, int position, int capacity, float* part
@@ -1314,17 +1310,13 @@ def matrices(layer: TransformerBlock) -> tuple[nn.Module, ...]:
 
 def kernel_constants(model: Model) -> dict[str, object] | None:
     """What the kernel's code knows of the model; None where it has matrices of several kinds, or
-    LoRA behind attention.
+    LoRA after attention.
     """
     args, dtype = model.args, model.norm.weight.dtype
     linears = [without_lora(matrix) for layer in model.layers for matrix in matrices(layer)]
     kinds = {
-        (
-            getattr(linear, "bits", 0),
-            getattr(linear, "group_size", 1),
-            (linear.scales if isinstance(linear, nn.QuantizedLinear) else linear.weight).dtype,
-        )
-        for linear in linears
+        (getattr(m, "bits", 0), getattr(m, "group_size", 1), getattr(m, "scales", m.weight).dtype)
+        for m in linears
     }
     bits, group_size, dtype_of_one = kinds.pop()
     adapted = [matrix for layer in model.layers for matrix in matrices(layer)[3:]]

@@ -22,7 +22,7 @@ import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
-# A shell starts what runs behind it deaf to Ctrl-C, and so would be all that the tests start.
+# A shell starts what it puts into the background deaf to Ctrl-C; what the tests start would be too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Mistral 7B v0.1's own tokenizer.model, 32,000 pieces (Apache-2.0).

@@ -225,7 +225,7 @@ def test_only_lora_matrices_are_trained():
     }
 
 
-def test_activations_behind_an_adapter_stay_half_precision(tiny_model):
+def test_activations_after_an_adapter_stay_half_precision(tiny_model):
     model, _ = lora.load_model(tiny_model, mx.float16)
     lora.add_lora(model, [0, 1, 2])
     logits, cache = model(mx.array([[1, 2, 3]]))
@@ -441,7 +441,7 @@ def test_ctrl_c_exits_with_130(tiny_model, data, tmp_path):
     assert "Traceback" not in errors
 
 
-def test_generated_text_stands_behind_the_prompt_and_nothing_else_does(tiny_model, tmp_path):
+def test_generated_text_follows_the_prompt_and_nothing_else_does(tiny_model, tmp_path):
     """Run where there is no data set."""
     process = run_script(
         "lora.py", "--model", tiny_model, "--no-adapter", "-p", "A llama 🦙", "-n", 9, "--temp", 0,

@@ -92,7 +92,7 @@ def cut(texts: list[str]) -> list[str]:
 
 
 def surprise(model: Model, ids: list[int]) -> tuple[list[float], list[float]]:
-    """Nats of each token behind the first, and what each of MARKS would cost behind the last."""
+    """Nats of each token after the first, and what each of MARKS would cost after the last."""
     logits = model(mx.array([ids]))[0][0]
     losses = cross_entropy(logits[:-1], mx.array(ids[1:]))
     marks = mx.logsumexp(logits[-1]) - logits[-1, : len(MARKS)]
@@ -124,7 +124,7 @@ def compare_tokenizers(
 
 
 def compare_marks(model: Model, ours: lora.Tokenizer, kind: str, texts: list[str]) -> None:
-    """Whole texts behind each token that may begin one, and what each possible end costs there."""
+    """Whole texts after each token that may begin one, and what each possible end costs there."""
     names = [f"`{mark}`".replace("|", "\\|") for mark in MARKS]
     print(f"\n| {kind} begin with | perplexity a token | end costs, nats: {', '.join(names)} |")
     print("|---|---|---|")
@@ -134,7 +134,7 @@ def compare_marks(model: Model, ours: lora.Tokenizer, kind: str, texts: list[str
             _, *ids = ours.encode(text)
             behind = [] if begin is None else [begin]
             losses, marks = surprise(model, [*behind, *ids])
-            # The first token of the text does not count: behind nothing, nothing predicts it.
+            # The first token of the text does not count: after nothing, nothing predicts it.
             body += losses[len(behind) :]
             end_nats = [total + nats for total, nats in zip(end_nats, marks, strict=True)]
         name = "nothing" if begin is None else names[begin]

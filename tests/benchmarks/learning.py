@@ -52,7 +52,7 @@ def perplexity(model: Model, tokenizer: lora.Tokenizer, records: list[tuple[str,
 
 
 def first_sentence(answer: str) -> str:
-    """The first sentence behind the dotted name, and behind the signature where there is one."""
+    """The first sentence after the dotted name, and after the signature where there is one."""
     name, _, text = answer.strip().partition(" ")
     paragraphs = re.split(r"\n\s*\n", text)
     if len(paragraphs) > 1 and paragraphs[0].startswith(f"{name.rpartition('.')[2]}("):
@@ -63,7 +63,7 @@ def first_sentence(answer: str) -> str:
 def answer(
     model: Model, tokenizer: lora.Tokenizer, prompts: list[str], n_tokens: int
 ) -> list[tuple[str, bool]]:
-    """What the model says behind each prompt, greedy, and whether it ended by itself."""
+    """What the model says after each prompt, greedy, and whether it ended by itself."""
     encoded = sorted(
         ((tokenizer.encode(p), i) for i, p in enumerate(prompts)), key=lambda e: len(e[0])
     )
