@@ -28,6 +28,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Mistral 7B v0.1's own tokenizer.model, 32,000 pieces (Apache-2.0).
 MISTRAL_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
+# What a training writes.
+RUN_FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
+
 TINY = {
     "dim": 64,
     "n_layers": 3,
@@ -52,6 +55,11 @@ def run_script(script: str, *arguments: str | Path, cwd: Path | None = None, **e
         encoding="utf-8",
         timeout=600,
     )
+
+
+def wait_for(process: subprocess.Popen, text: str) -> None:
+    """Read the standard output up to a line that holds `text`."""
+    assert any(text in line for line in process.stdout), process.stderr.read()
 
 
 def write_model(folder: Path, model: Model, **params) -> Path:

@@ -18,14 +18,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_jsonl
+from conftest import ROOT, RUN_FILES, wait_for, write_jsonl
 
 import lora
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from distributed import HOSTS, bytes_a_step, bytes_sent, two_namespaces
-
-FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +80,6 @@ def end(ranks: list[subprocess.Popen], seconds: float = 120) -> tuple[list[int],
     return [rank.returncode for rank in ranks], outputs[0][0], errors
 
 
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Read the standard output up to a line that holds `text`."""
-    assert any(text in line for line in process.stdout), process.stderr.read()
-
-
 def read_log(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "adapters.log.jsonl").read_text().splitlines()]
 
@@ -135,7 +128,7 @@ def test_ranks_train_as_one_process_does(flags, alone, tmp_path, n):
     ours, errors = process.stdout.read(), process.stderr.read()
     process.communicate()
     assert errors == ""
-    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    assert sorted(path.name for path in tmp_path.iterdir()) == RUN_FILES
     assert math.log(perplexity_of(ours)) == pytest.approx(math.log(perplexity_of(output)), rel=1e-6)
     assert len(ours.splitlines()) == len(output.splitlines())
 

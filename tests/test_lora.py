@@ -748,6 +748,18 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_with_the_figure(tiny_mo
     )
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_memory_that_is_asked_for_is_what_the_weights_take(tmp_path, monkeypatch, dtype):
+    model = Model(ModelArgs(**TINY))
+    linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
+    nn.quantize(model, 32, 4, class_predicate=linear)
+    write_model(tmp_path, model, quantization={"group_size": 32, "bits": 4})
+    asked = []
+    monkeypatch.setattr(lora, "check_memory", asked.append)
+    loaded, _ = lora.load_model(tmp_path, getattr(mx, dtype))
+    assert asked == [sum(value.nbytes for _, value in lora.tree_flatten(loaded.parameters()))]
+
+
 def test_adapters_of_any_byte_order_are_read_and_what_float32_does_not_hold_is_one_line(
     tiny_model, trained, tmp_path
 ):

@@ -17,7 +17,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
+from conftest import (
+    MISTRAL_TOKENIZER,
+    ROOT,
+    RUN_FILES,
+    TINY,
+    run_script,
+    wait_for,
+    write_jsonl,
+    write_model,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -26,7 +35,6 @@ from models import Model, ModelArgs
 
 import mlx.core as mx
 
-FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
 TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
 
 
@@ -64,11 +72,6 @@ def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen:
         text=True,
         cwd=cwd,
     )
-
-
-def wait_for(process: subprocess.Popen, text: str) -> None:
-    """Read the standard output up to a line that holds `text`."""
-    assert any(text in line for line in process.stdout), process.stderr.read()
 
 
 def resume(flags: list[str], adapter: Path) -> list[str]:
@@ -201,7 +204,7 @@ def stopped(flags, tmp_path_factory) -> Path:
 
 
 def test_the_state_lies_beside_the_adapters(stopped):
-    assert sorted(path.name for path in stopped.iterdir()) == FILES
+    assert sorted(path.name for path in stopped.iterdir()) == RUN_FILES
 
 
 def test_a_run_that_goes_on_goes_on_in_the_same_log(flags, stopped, uninterrupted, tmp_path):
@@ -419,7 +422,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         assert "No space left on device" in errors
         assert "Traceback" not in errors
         assert adapter.read_bytes() == uninterrupted.read_bytes()
-        assert sorted(os.listdir(disk)) == FILES
+        assert sorted(os.listdir(disk)) == RUN_FILES
 
         (disk / "other").write_bytes(bytes(480 * 1024 - sum(map(os.path.getsize, disk.iterdir()))))
         process = start(*flags, "--adapter-file", disk / "more.npz")
@@ -434,23 +437,6 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
 
 # -------------------------------------------------------------------------------------------------
 # Evaluation and data
-
-
-def test_the_test_loss_does_not_depend_on_the_batch_size(tiny_model, data):
-    model, tokenizer = lora.load_model(tiny_model)
-    dset = lora.Dataset(data / "train.jsonl")
-
-    def one_by_one() -> float:
-        parts = [
-            lora.loss(model, *lora.pad_batch([row], len(row) - 1)) for row in dset.encode(tokenizer)
-        ]
-        n_tokens = sum(n.item() for _, n in parts)
-        return sum(mean.item() * n.item() for mean, n in parts) / n_tokens
-
-    expected = one_by_one()
-    for batch_size in (1, 3, 4, 64):
-        value = lora.evaluate(model, dset, lora.loss, tokenizer, batch_size, -1)
-        assert value == pytest.approx(expected, abs=1e-5)
 
 
 def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
