@@ -149,7 +149,7 @@ def own_docstring(value: object) -> str | None:
 
 def is_generated(docstring: str, value: type) -> bool:
     """Whether Python wrote a class's docstring, as for data classes and named tuples."""
-    signature = re.escape(value.__name__) + r"\(.*\)( -> None)?"
+    signature = re.escape(str(attribute(value, "__name__"))) + r"\(.*\)( -> None)?"
     return "\n\n" not in docstring and bool(re.fullmatch(signature, docstring, re.DOTALL))
 
 

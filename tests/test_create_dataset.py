@@ -307,6 +307,14 @@ class Proxy:
         pass
 request = Proxy()
 """,
+    "nameless": """
+class Kind(type):
+    @property
+    def __name__(cls):
+        raise RuntimeError('on purpose')
+class Nameless(metaclass=Kind):
+    'Kind(x) -> None'
+""",
 }
 NEVER = dict.fromkeys(["__main__", "conftest", "tests", "test_it"], "import os; os._exit(9)")
 
@@ -347,8 +355,8 @@ def test_modules_that_misbehave_cost_no_other_and_are_named(tmp_path, mlx_data, 
     texts = {text for file in read(tmp_path / "data").values() for text in file}
     assert {text for file in read(mlx_data).values() for text in file} < texts
     assert {text for text in texts if "troubled" in text} == {
-        f"Q: What is work in troubled?\nA: troubled.{name}.work Works in {name}."
-        for name in HARMLESS
+        "Q: What is Nameless in troubled?\nA: troubled.nameless.Nameless Kind(x) -> None",
+        *(f"Q: What is work in troubled?\nA: troubled.{n}.work Works in {n}." for n in HARMLESS),
     }
 
 
