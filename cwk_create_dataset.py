@@ -240,7 +240,7 @@ def reader(package: str, left_out: set[str]) -> Iterator[tuple[Connection, Calla
     os.environ["PYTHONHASHSEED"] = "0"  # some docstrings print sets, which then have one order
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=read_package, args=(package, left_out, theirs), daemon=True)
+    process = context.Process(target=read_package, args=(package, left_out, theirs))
     process.start()
     theirs.close()
 
@@ -512,7 +512,7 @@ def load_tokenizer(path: str) -> Callable[[str], int]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"--tokenizer {path} does not exist: name a tokenizer.model")
     try:
-        model = SentencePieceProcessor(model_file=path)
+        model = SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except RuntimeError as error:
         raise ValueError(f"--tokenizer {path} is not a SentencePiece model: {error}") from error
     return lambda text: len(model.encode(text))
@@ -568,7 +568,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.processes < 1:
         parser.error("--processes is at least 1")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and end the readers
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # and end the readers
     try:
         create_dataset(args.packages, Path(args.data_folder), args.processes, args.tokenizer)
     except KeyboardInterrupt:

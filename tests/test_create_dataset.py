@@ -307,6 +307,7 @@ class Proxy:
         pass
 request = Proxy()
 """,
+    "manages": "import multiprocessing; multiprocessing.Manager()",
     "nameless": """
 class Kind(type):
     @property
