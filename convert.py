@@ -12,6 +12,7 @@ Out: a folder with weights.npz (float16), params.json and tokenizer.model, for l
 
 import argparse
 import difflib
+import fcntl
 import json
 import os
 import shutil
@@ -236,7 +237,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError or ValueError."""
     try:
-        params = json.loads(find_file(path).read_text(encoding="utf-8"))
+        params = json.loads(find_file(path).read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(params, dict):
@@ -411,8 +412,11 @@ def ahead(items: Iterable) -> Iterator:
             yield item
 
 
-def find_tokenizer(folder: Path) -> Path:
-    """The SentencePiece model of a checkpoint. Raises FileNotFoundError or ValueError."""
+def find_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """The SentencePiece model of a checkpoint, which has no more tokens than the model.
+
+    Raises FileNotFoundError or ValueError.
+    """
     found = [folder / "tokenizer.model", *sorted(folder.glob("tokenizer.model.v*"))]
     path = next((path for path in found if path.is_file()), None)
     if path is None:
@@ -421,11 +425,13 @@ def find_tokenizer(folder: Path) -> Path:
             "there (others, such as Tekken or tokenizer.json, are not supported)"
         )
     try:
-        SentencePieceProcessor(model_file=str(path))
+        n_tokens = SentencePieceProcessor(model_proto=path.read_bytes()).vocab_size()
     except RuntimeError as error:
         raise ValueError(
             f"{path} is no SentencePiece model, such as Llama 3's, or is damaged"
         ) from error
+    if n_tokens > vocab_size:
+        raise ValueError(f"{path} has {n_tokens} tokens, the model {vocab_size}: it is of another")
     return path
 
 
@@ -535,10 +541,10 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     try:
         config = complete(params, tensors)
         shapes = parameter_shapes(config)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise ValueError(f"{source}: {error}") from error
     check_shapes(tensors, shapes)
-    tokenizer = find_tokenizer(torch_path)
+    tokenizer = find_tokenizer(torch_path, config["vocab_size"])
 
     weights = with_progress(ahead(read_weights(tensors, shapes)), shapes)
     if args.quantize:
@@ -566,18 +572,27 @@ def replaced_folder(target: Path) -> Iterator[Path]:
     staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
     if staged.exists() and not set(os.listdir(staged)) <= set(FILES):
         raise ValueError(f"{staged} is in the way, where the model is first written: move it")
-    shutil.rmtree(staged, ignore_errors=True)  # of a run that was killed
-    staged.mkdir(parents=True)
+    staged.mkdir(parents=True, exist_ok=True)  # with what a run that was killed has left
+    lock = os.open(staged, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(lock)
+        raise ValueError(f"another convert.py writes into {staged}: wait for it") from error
     try:
         yield staged
         if exists:
             (target / "params.json").unlink(missing_ok=True)
             for name in FILES:
                 os.replace(staged / name, target / name)
+            staged.rmdir()
         else:
             staged.rename(target)
-    finally:
+    except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
 
 
 def with_progress(
@@ -607,7 +622,8 @@ def main() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
     args = build_parser().parse_args()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # and clean up
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # and clean up
     try:
         convert(Path(args.torch_path), Path(args.mlx_path), args)
         size = sum((Path(args.mlx_path) / name).stat().st_size for name in FILES)

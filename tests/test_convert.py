@@ -1,6 +1,7 @@
 """convert.py on small checkpoints in every layout, whole and damaged."""
 
 import argparse
+import fcntl
 import json
 import os
 import shutil
@@ -480,6 +481,26 @@ def test_a_tokenizer_that_is_not_sentencepieces_is_refused(checkpoint, tmp_path)
     assert "Tekken" in error_of(run(checkpoint, tmp_path / "mlx"))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
+    tensors = checkpoint_tensors()
+    for name in ("tok_embeddings.weight", "output.weight"):
+        tensors[name] = tensors[name][:1000].clone()
+    folder = write_checkpoint(tmp_path / "torch", tensors, {**META, "vocab_size": 1000})
+    error = error_of(run(folder, tmp_path / "mlx"))
+    assert "has 32000 tokens, the model 1000: it is of another" in error
+
+
+def test_params_that_no_machine_could_hold_are_one_line(checkpoint, tmp_path):
+    (checkpoint / "params.json").write_text(json.dumps({**META, "head_dim": 2 * 10**9}))
+    assert "params.json: " in error_of(run(checkpoint, tmp_path / "mlx"))
+
+
+def test_a_byte_order_mark_is_no_part_of_the_params(checkpoint, tmp_path):
+    params = checkpoint / "params.json"
+    params.write_text(params.read_text(), encoding="utf-8-sig")
+    assert run(checkpoint, tmp_path / "mlx").returncode == 0
+
+
 def test_a_short_sliding_window_is_a_warning(checkpoint, tmp_path):
     (checkpoint / "params.json").write_text(json.dumps({**META, "sliding_window": 512}))
     process = run(checkpoint, tmp_path / "mlx")
@@ -558,6 +579,20 @@ def test_a_folder_that_is_none_of_ours_is_left_alone(checkpoint, tmp_path):
     before = contents(staged)
     assert "mlx.unfinished is in the way" in error_of(run(staged, tmp_path / "mlx"))
     assert contents(staged) == before
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_two_at_a_time_do_not_write_into_one_folder(checkpoint, tmp_path, existing):
+    target = tmp_path / "mlx"
+    staged = target / "unfinished" if existing else tmp_path / "mlx.unfinished"
+    staged.mkdir(parents=True)
+    first = os.open(staged, os.O_RDONLY)
+    fcntl.flock(first, fcntl.LOCK_EX)
+    assert "another convert.py writes into" in error_of(run(checkpoint, target))
+    assert list(staged.iterdir()) == []
+    os.close(first)
+    assert run(checkpoint, target).returncode == 0
+    assert sorted(path.name for path in target.iterdir()) == sorted(convert.FILES)
 
 
 def test_names_that_the_terminal_lacks_are_printed_with_question_marks(checkpoint, tmp_path):
