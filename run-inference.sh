@@ -2,7 +2,7 @@
 # Ask the base model and the adapted one the same question. Edit the block below, or give any of its
 # variables in the environment: QUESTION='What is Adam in mlx?' ./run-inference.sh
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
 
 PYTHON=${PYTHON:-python3}
 MODEL=${MODEL:-$here/base-model-mlx}

@@ -2,7 +2,7 @@
 # The main job, from a PyTorch checkpoint to a tested adapter. Edit the block below, or give any of
 # its variables in the environment: ITERS=100 ./run-training.sh
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
 
 PYTHON=${PYTHON:-python3}
 TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama or Mistral download
