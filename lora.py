@@ -197,16 +197,35 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
     if not writes:
         return
-    if args.train and not Path(args.adapter_file).absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of --adapter-file {args.adapter_file} does not exist")
-    if args.train and Path(args.adapter_file).is_dir():
-        raise IsADirectoryError(f"--adapter-file {args.adapter_file} is a folder: name a file")
+    if args.train:
+        check_replaceable(Path(args.adapter_file))
     adapter = adapter_to_load(args)
     if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(
             f"there is no adapter file {adapter}{similar(adapter)}: make one with --train, "
             "or give --no-adapter for the base model alone"
         )
+
+
+def check_replaceable(adapter: Path) -> None:
+    """Raise what the user can mend, where training cannot write this file or should not."""
+    folder = partial_file(adapter).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder of --adapter-file {adapter} does not exist")
+    if adapter.is_dir():
+        raise IsADirectoryError(f"--adapter-file {adapter} is a folder: name a file")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"nothing can be written into the folder of --adapter-file {adapter}")
+    if adapter.exists() and not holds_adapters(adapter):
+        raise ValueError(f"--adapter-file {adapter} exists and holds no adapters: name another")
+
+
+def holds_adapters(path: Path) -> bool:
+    """Whether this is an adapter file, or an empty one."""
+    if not (path.is_file() and zipfile.is_zipfile(path)):
+        return path.is_file() and path.stat().st_size == 0
+    with zipfile.ZipFile(path) as archive:
+        return all(ADAPTER_KEY.fullmatch(n.removesuffix(".npy")) for n in archive.namelist())
 
 
 def similar(path: str | Path) -> str:
@@ -431,7 +450,7 @@ class Tokenizer:
         if not Path(model_path).is_file():
             raise FileNotFoundError(f"{model_path} is missing: convert the model with convert.py")
         try:
-            self._model = SentencePieceProcessor(model_file=str(model_path))
+            self._model = SentencePieceProcessor(model_proto=Path(model_path).read_bytes())
         except RuntimeError as error:
             raise ValueError(f"{model_path} is not a SentencePiece model: {error}") from error
         if min(self._model.bos_id(), self.eos_id) < 0:
@@ -719,8 +738,8 @@ def train(
     every `args.save_every` steps and at the end. Validation is at the first step, before the
     update, at every `args.steps_per_eval`, and at the last. Each of the ranks takes its rows of
     each batch, and all make the same update; rank 0 alone reports and saves.
-    Raises NotSaved when the last save failed; else, after saving, Stopped at SIGINT or SIGTERM and
-    FloatingPointError when the training has broken down.
+    Raises NotSaved when the last save failed; else, after saving, Stopped at SIGINT, SIGTERM or
+    SIGHUP, and FloatingPointError when the training has broken down.
     """
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
     identity = describe_run(model.args, train_set, tokenizer, args)
@@ -847,7 +866,7 @@ class NotSaved(OSError):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Gives a list to which SIGINT or SIGTERM is appended. A second one acts as without us."""
+    """Gives a list to which a signal that ends a process is appended. A second one acts at once."""
     caught = []
     before = {}
 
@@ -857,7 +876,7 @@ def catch_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup has it
                 before[signum] = signal.signal(signum, catch)
     except ValueError:  # not the main thread, which alone gets signals
@@ -974,12 +993,17 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
+def partial_file(path: str | Path) -> Path:
+    """Where a file is first written: beside it, or beside what a link leads to."""
+    return Path(f"{Path(path).resolve()}.partial")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write that takes the place of `path` when it is whole, and not before. One that is
     whole and cannot take it stays for `finish_save`.
     """
-    beside = Path(f"{path}.partial")
+    beside = partial_file(path)
     try:
         with open(beside, "wb") as file:
             yield file
@@ -988,7 +1012,7 @@ def replacing(path: str | Path) -> Iterator[BinaryIO]:
     except Exception:
         beside.unlink(missing_ok=True)
         raise
-    os.replace(beside, path)
+    os.replace(beside, beside.with_suffix(""))
 
 
 class TrainingLog:
@@ -1021,8 +1045,11 @@ class TrainingLog:
         }
         self.entries.append(entry)
         self._write(partial(open, mode="ab"), [entry])
-        if "val_loss" in finite:
-            self._draw()
+        if "val_loss" in finite and self.writes:
+            try:
+                self._draw()
+            except Exception as error:  # whatever the library raises
+                warn(f"{self.picture} could not be written: {error}")
 
     def _write(self, opened: Callable, entries: list[dict]) -> None:
         if not self.writes:
@@ -1034,13 +1061,9 @@ class TrainingLog:
             warn(f"{self.file} could not be written: {error}")
 
     def _draw(self) -> None:
-        if not self.writes:
-            return
-        try:
-            from matplotlib.figure import Figure  # here: nothing else needs its second of loading
-        except ImportError as error:
-            warn(f"{self.picture} is not drawn: {error}")
-            return
+        os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
+        from matplotlib.figure import Figure  # here: nothing else needs its second of loading
+
         figure = Figure(figsize=(8, 5), layout="constrained")
         axes = figure.add_subplot(xlabel="iteration", ylabel="loss, nats a token")
         for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
@@ -1056,11 +1079,8 @@ class TrainingLog:
         upper.set_xlabel("tokens seen")
         axes.grid(alpha=0.3)
         axes.legend()
-        try:
-            with replacing(self.picture) as file:
-                figure.savefig(file, format="png", dpi=120)
-        except OSError as error:
-            warn(f"{self.picture} could not be written: {error}")
+        with replacing(self.picture) as file:
+            figure.savefig(file, format="png", dpi=120)
 
 
 def sibling(adapter_file: str | Path, suffix: str) -> Path:
@@ -1183,7 +1203,7 @@ def finish_save(adapter_file: str | Path) -> None:
     """Put adapters into the place that a kill has left to those before them, when their state was
     in its own.
     """
-    adapter, beside = Path(adapter_file), Path(f"{adapter_file}.partial")
+    adapter, beside = Path(adapter_file), partial_file(adapter_file)
     if not beside.is_file():
         return
     try:
@@ -1193,7 +1213,7 @@ def finish_save(adapter_file: str | Path) -> None:
         return
     untouched = not adapter.is_file() or digest(adapter.read_bytes()) in old
     if untouched and digest(beside.read_bytes()) == new:
-        os.replace(beside, adapter)
+        os.replace(beside, beside.with_suffix(""))
 
 
 def restore(
@@ -1388,7 +1408,7 @@ def read_config(path: Path) -> Model:
                 **quantization,
                 class_predicate=lambda name, m: isinstance(m, nn.Linear) and name != "output",
             )
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise ValueError(f"{path} does not describe a model ({error}): run convert.py") from error
     return model
 

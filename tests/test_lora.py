@@ -348,6 +348,33 @@ def test_a_picture_that_cannot_be_written_does_not_stop_training(tiny_model, dat
     assert "Traceback" not in process.stderr
 
 
+def test_a_notebooks_way_of_drawing_is_not_needed(tiny_model, data, tmp_path):
+    flags = "--iters", 6, "--adapter-file", tmp_path / "a.npz"
+    process = train_script(tiny_model, data, *flags, MPLBACKEND="module://nobody.has_it")
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_training_replaces_no_file_that_holds_anything_else(tiny_model, data, tmp_path):
+    weights = shutil.copy(tiny_model / "weights.npz", tmp_path)
+    null = tmp_path / "null"
+    null.symlink_to("/dev/null")
+    for file in (weights, null, shutil.copy(data / "train.jsonl", tmp_path)):
+        process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", file)
+        assert process.returncode == 2
+        assert f"--adapter-file {file} exists and holds no adapters" in process.stderr
+    assert Path(weights).read_bytes() == (tiny_model / "weights.npz").read_bytes()
+
+
+def test_names_that_are_not_utf_8_are_names(tiny_model, tmp_path):
+    folder = os.fsencode(tmp_path) + b"/mod\xe8le"
+    shutil.copytree(os.fsencode(tiny_model), folder)
+    process = run_script(
+        "lora.py", "--model", os.fsdecode(folder), "--no-adapter", "--prompt", "hi", "-n", 2
+    )
+    assert process.returncode == 0, process.stderr
+
+
 def test_training_lowers_the_loss(trained):
     losses = [float(loss) for loss in re.findall(r"Val loss (\S+),", trained[0].stdout)]
     assert losses[-1] < losses[0] - 0.1
@@ -673,6 +700,7 @@ def test_a_flag_that_cannot_work_is_one_line(flags, says):
         ("params.json", b"[]", "params.json does not describe a model"),
         ("params.json", json.dumps({**TINY, "dim": "64"}).encode(), "does not describe a model"),
         ("params.json", json.dumps({**TINY, "dim": 32}).encode(), "params.json implies"),
+        ("params.json", json.dumps({**TINY, "head_dim": 2 * 10**9}).encode(), "not describe"),
         ("params.json", json.dumps({**TINY, "n_layers": 4}).encode(), "lacks layers.3."),
         ("params.json", json.dumps({**TINY, "vocab_size": 100}).encode(), "has 32000 tokens"),
         ("params.json", json.dumps({"dim": 64}).encode(), "does not describe a model"),
@@ -794,7 +822,8 @@ def test_a_damaged_adapter_file_is_one_line(tiny_model, trained, tmp_path):
 def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_model, data, tmp_path):
     """/dev/full stands for the disk: every write to it fails with "no space left"."""
     adapter = tmp_path / "adapters.npz"
-    adapter.write_bytes(b"what was there")
+    np.savez(adapter, **{"layers.2.attention.wq.lora_a": np.ones((64, 8))})
+    before = adapter.read_bytes()
     (tmp_path / "adapters.npz.partial").symlink_to("/dev/full")
     process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", adapter)
     assert process.returncode == 1
@@ -802,7 +831,7 @@ def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_mode
     assert warning.startswith("lora.py: warning: iteration 6 could not be saved to ")
     assert warning.endswith("[Errno 28] No space left on device")
     assert error.startswith("lora.py: error: the adapters of the last step could not be saved")
-    assert adapter.read_bytes() == b"what was there"
+    assert adapter.read_bytes() == before
 
 
 def test_perplexity_is_the_exponential_of_the_loss(trained):

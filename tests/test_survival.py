@@ -132,7 +132,9 @@ def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_f
     assert adapter.read_bytes() == uninterrupted.read_bytes()
 
 
-@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    "signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
 def test_a_signal_ends_the_run_after_a_step_and_says_how_to_go_on(
     flags, uninterrupted, tmp_path, signum, status
 ):
@@ -201,6 +203,18 @@ def stopped(flags, tmp_path_factory) -> Path:
     process = run_script("lora.py", *flags, "--iters", "10", "--adapter-file", adapter)
     assert process.returncode == 0, process.stderr
     return folder
+
+
+def test_adapters_behind_a_link_are_written_where_it_leads(flags, stopped, tmp_path):
+    (tmp_path / "disk").mkdir()
+    adapter, link = tmp_path / "disk" / "real.npz", tmp_path / "adapters.npz"
+    link.symlink_to(adapter)
+    for _ in range(2):  # where nothing is, and where adapters are
+        process = run_script("lora.py", *flags, "--iters", "2", "--adapter-file", link)
+        assert process.returncode == 0, process.stderr
+        assert link.is_symlink()
+        assert lora.read_adapter(adapter)
+        adapter.write_bytes(b"")
 
 
 def test_the_state_lies_beside_the_adapters(stopped):
