@@ -781,9 +781,13 @@ def train(
     def evaluates(iteration: int) -> bool:
         return iteration % args.steps_per_eval == 0 or iteration == args.iters > 1
 
+    def rescue() -> None:
+        if iteration > done_before and ranks.size == 1:
+            save_step(iteration, done, seconds)
+
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
-    with catch_signals() as caught, memory_limit_restored():
+    with catch_signals() as caught, memory_limit_restored(), at_failing_output(rescue):
         result = None
         # At the start, or what a signal broke off, which the log does not have.
         validated = {entry["iteration"] for entry in entries if entry["val_loss"] is not None}
@@ -847,6 +851,16 @@ def memory_limit_restored() -> Iterator[None]:
         yield
     finally:
         mx.set_memory_limit(limit)
+
+
+@contextmanager
+def at_failing_output(save: Callable[[], None]) -> Iterator[None]:
+    """Save before an OSError goes on: nobody reads the output any more, or its disk is full."""
+    try:
+        yield
+    except OSError:
+        save()
+        raise
 
 
 class Stopped(Exception):

@@ -205,6 +205,18 @@ def stopped(flags, tmp_path_factory) -> Path:
     return folder
 
 
+def test_output_that_nobody_reads_any_more_costs_no_step(flags, uninterrupted, tmp_path):
+    """As with `| head`, or a terminal that is closed."""
+    process = start(*flags, "--save-every", "1000", cwd=tmp_path)
+    wait_for(process, "Iter 7: Train loss")
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == ""
+    resumed = run_script("lora.py", *flags, "--resume-adapter-file", "adapters.npz", cwd=tmp_path)
+    assert int(re.search(r"goes on after iteration (\d+)", resumed.stdout)[1]) > 7
+    assert (tmp_path / "adapters.npz").read_bytes() == uninterrupted.read_bytes()
+
+
 def test_adapters_behind_a_link_are_written_where_it_leads(flags, stopped, tmp_path):
     (tmp_path / "disk").mkdir()
     adapter, link = tmp_path / "disk" / "real.npz", tmp_path / "adapters.npz"
