@@ -24,7 +24,7 @@ import tempfile
 import time
 import unicodedata
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -32,7 +32,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Lock
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from tqdm import tqdm
@@ -109,11 +109,17 @@ def attribute(value: object, name: str) -> object:
         return None
 
 
+def own_attributes(value: object) -> Mapping:
+    """`vars`, or nothing where that fails."""
+    attributes = attribute(value, "__dict__")
+    return attributes if is_a(attributes, (dict, MappingProxyType)) else {}
+
+
 def public_members(owner: object) -> Iterator[tuple[str, object]]:
     """Names and values that a module or class holds itself, nothing private or inherited; of a
     module also what its `__all__` names, which may be made when it is first asked for.
     """
-    members = {name: value for name, value in vars(owner).items() if is_a(name, str)}
+    members = {name: value for name, value in own_attributes(owner).items() if is_a(name, str)}
     listed = members.get("__all__") if is_a(owner, ModuleType) else ()
     for name in listed if is_a(listed, (list, tuple)) else ():
         if is_a(name, str) and name not in members:
@@ -128,8 +134,10 @@ def belongs_to(value: object, package: str) -> bool:
     if is_a(value, property):
         return True
     home = attribute(value, "__name__" if is_a(value, ModuleType) else "__module__")
-    if not isinstance(home, str):  # as for the methods of compiled classes
-        home = attribute(attribute(value, "__objclass__"), "__module__") or package
+    if not is_a(home, str):  # as for the methods of compiled classes
+        home = attribute(attribute(value, "__objclass__"), "__module__")
+    if not is_a(home, str):
+        home = package
     return home == package or home.startswith(f"{package}.")
 
 
@@ -138,7 +146,7 @@ def own_docstring(value: object) -> str | None:
     if not (is_a(value, (ModuleType, property)) or callable(value)):
         return None
     is_class = is_a(value, type)
-    docstring = vars(value).get("__doc__") if is_class else attribute(value, "__doc__")
+    docstring = own_attributes(value).get("__doc__") if is_class else attribute(value, "__doc__")
     if not is_a(docstring, str) or docstring == type(value).__doc__:
         return None
     if is_class and is_generated(docstring, value):

@@ -308,6 +308,18 @@ class Proxy:
 request = Proxy()
 """,
     "manages": "import multiprocessing; multiprocessing.Manager()",
+    "homeless": """
+class Local:
+    __slots__ = ()
+    @property
+    def __module__(self):
+        return 5
+class Kind(type):
+    def __getattribute__(cls, name):
+        raise RuntimeError(name)
+class Odd(metaclass=Kind):
+    'Not to be asked.'
+""",
     "nameless": """
 class Kind(type):
     @property
