@@ -3,7 +3,6 @@ of assembly, with a thread for each of a block's threads, and a process for each
 """
 
 import ctypes
-import itertools
 import mmap
 import re
 import shutil
@@ -233,8 +232,8 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
 
 def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
     """A process that only generates has none of them compiled."""
-    ids = lora.generate_ids(models.Model(ARGS), [1, 2, 3], temp=0)
-    assert len(list(itertools.islice(ids, 4))) == 4
+    model = models.Model(models.ModelArgs(**{**vars(ARGS), "n_layers": 1}))
+    next(lora.generate_ids(model, [1, 2, 3], temp=0))
     assert set(emulated_cuda) == {"decoder_layer"}
 
 
