@@ -222,10 +222,13 @@ def check_replaceable(adapter: Path) -> None:
 
 def holds_adapters(path: Path) -> bool:
     """Whether this is an adapter file, or an empty one."""
-    if not (path.is_file() and zipfile.is_zipfile(path)):
-        return path.is_file() and path.stat().st_size == 0
-    with zipfile.ZipFile(path) as archive:
-        return all(ADAPTER_KEY.fullmatch(n.removesuffix(".npy")) for n in archive.namelist())
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(ADAPTER_KEY.fullmatch(n.removesuffix(".npy")) for n in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return path.stat().st_size == 0
 
 
 def similar(path: str | Path) -> str:

@@ -359,7 +359,9 @@ def test_training_replaces_no_file_that_holds_anything_else(tiny_model, data, tm
     weights = shutil.copy(tiny_model / "weights.npz", tmp_path)
     null = tmp_path / "null"
     null.symlink_to("/dev/null")
-    for file in (weights, null, shutil.copy(data / "train.jsonl", tmp_path)):
+    damaged = tmp_path / "damaged.npz"
+    damaged.write_bytes(Path(weights).read_bytes()[-1000:])
+    for file in (weights, null, damaged, shutil.copy(data / "train.jsonl", tmp_path)):
         process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", file)
         assert process.returncode == 2
         assert f"--adapter-file {file} exists and holds no adapters" in process.stderr
