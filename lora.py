@@ -1443,9 +1443,8 @@ def load_weights(model: Model, path: Path, dtype: mx.Dtype) -> None:
     except Exception as error:  # a damaged archive raises almost anything
         raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
     expected = dict(tree_flatten(model.parameters()))
-    packed = [value.nbytes for value in expected.values() if value.dtype == mx.uint32]
-    others = [value.size * dtype.size for value in expected.values() if value.dtype != mx.uint32]
-    check_memory(sum(packed + others))
+    sizes = (v.nbytes if v.dtype == mx.uint32 else v.size * dtype.size for v in expected.values())
+    check_memory(sum(sizes))
     for name in sorted(expected.keys() | names):
         if name not in expected or name not in names:
             lacks = "lacks" if name in expected else "has an unknown"

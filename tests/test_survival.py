@@ -217,16 +217,19 @@ def test_output_that_nobody_reads_any_more_costs_no_step(flags, uninterrupted, t
     assert (tmp_path / "adapters.npz").read_bytes() == uninterrupted.read_bytes()
 
 
-def test_adapters_behind_a_link_are_written_where_it_leads(flags, stopped, tmp_path):
+def test_adapters_behind_a_link_are_written_where_it_leads(flags, tmp_path):
     (tmp_path / "disk").mkdir()
     adapter, link = tmp_path / "disk" / "real.npz", tmp_path / "adapters.npz"
     link.symlink_to(adapter)
-    for _ in range(2):  # where nothing is, and where adapters are
-        process = run_script("lora.py", *flags, "--iters", "2", "--adapter-file", link)
+    written = []
+    for seed in ("1", "2"):  # where nothing is, and where adapters are
+        run = [*flags, "--iters", "2", "--seed", seed, "--adapter-file", link]
+        process = run_script("lora.py", *run)
         assert process.returncode == 0, process.stderr
         assert link.is_symlink()
         assert lora.read_adapter(adapter)
-        adapter.write_bytes(b"")
+        written.append(adapter.read_bytes())
+    assert written[0] != written[1]
 
 
 def test_the_state_lies_beside_the_adapters(stopped):
