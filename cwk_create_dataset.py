@@ -8,14 +8,10 @@ Writes train.jsonl, valid.jsonl and test.jsonl with one record a public object, 
 """
 
 import argparse
-import hashlib
-import importlib
-import inspect
 import json
 import math
 import multiprocessing
 import os
-import pkgutil
 import random
 import re
 import signal
@@ -23,8 +19,8 @@ import sys
 import tempfile
 import time
 import unicodedata
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -32,10 +28,14 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Event, Lock
-from types import MappingProxyType, ModuleType
 from typing import BinaryIO, NamedTuple, NoReturn
 
 from tqdm import tqdm
+
+# Light ones: each process that reads a package imports them again.
+from parts.foreign import TookTooLong, describe
+from parts.package_modules import import_modules, names_of_distribution
+from parts.public_objects import documented_objects
 
 SEQ_LIMIT = 2048  # characters of a docstring at most
 TEST_SET_SIZE = 0.1  # share of the records that are the test set; the validation set is as large
@@ -46,9 +46,9 @@ BATCH_SIZE = 1000  # docstrings that a process hands over at once
 PREPROCESS = True  # make docstrings fit to learn from, or leave them as they are
 
 MODULE_SECONDS = 120  # that the import of a module may take
-PACKAGE_SECONDS = 1800  # that a package may take
-# Modules that are no part of the library.
-NOT_IMPORTED = re.compile(r"_.*|conftest|tests?|test_.*|.*_tests?")
+PACKAGE_SECONDS = 1800  # that the imports of a package may take; to look at them, as much again
+GRACE_SECONDS = 30  # after which a process that does not interrupt itself is killed
+QUESTION = "Q: What is {name} in {package}?\nA: "
 
 
 class Record(NamedTuple):
@@ -59,196 +59,70 @@ class Record(NamedTuple):
     dotted_name: str
     docstring: str
 
-    def text(self) -> str:
-        return f"Q: What is {self.name} in {self.package}?\nA: {self.dotted_name} {self.docstring}"
-
-
-# -------------------------------------------------------------------------------------------------
-# Finding objects
-
-
-def import_modules(package: str, left_out: set[str], tell: Callable[..., None]) -> ModuleType:
-    """Import a package and every public module below it but those left out; gives the package.
-
-    Tells of each module before it is imported, and again when it cannot be.
-    """
-    tell("import", package)
-    root = importlib.import_module(package)
-    queue = deque([root])
-    while queue:
-        parent = queue.popleft()
-        # What a module says of itself, not what its `__getattr__` makes up.
-        attributes = vars(parent) if is_a(parent, ModuleType) else {}
-        for found in pkgutil.iter_modules(attributes.get("__path__", [])):
-            name = f"{attributes['__name__']}.{found.name}"
-            if NOT_IMPORTED.fullmatch(found.name) or name in left_out:
-                continue
-            tell("import", name)
-            try:
-                queue.append(importlib.import_module(name))
-            except BaseException as error:  # whatever a foreign module may raise
-                tell("skip", name, describe(error))
-    return root
-
-
-def describe(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:100].rstrip(": ")
-
-
-def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
-    """`isinstance` by the real type: a proxy's `__class__` may run code, and fail."""
-    return issubclass(type(value), kind)
-
-
-def attribute(value: object, name: str) -> object:
-    """An attribute of a foreign object, or None where looking it up fails, however it does."""
-    try:
-        return getattr(value, name, None)
-    except BaseException:
-        return None
-
-
-def own_attributes(value: object) -> Mapping:
-    """`vars`, or nothing where that fails."""
-    attributes = attribute(value, "__dict__")
-    return attributes if is_a(attributes, (dict, MappingProxyType)) else {}
-
-
-def public_members(owner: object) -> Iterator[tuple[str, object]]:
-    """Names and values that a module or class holds itself, nothing private or inherited; of a
-    module also what its `__all__` names, which may be made when it is first asked for.
-    """
-    members = {name: value for name, value in own_attributes(owner).items() if is_a(name, str)}
-    listed = members.get("__all__") if is_a(owner, ModuleType) else ()
-    for name in listed if is_a(listed, (list, tuple)) else ():
-        if is_a(name, str) and name not in members:
-            members[name] = attribute(owner, name)
-    for name, value in sorted(members.items(), key=lambda item: item[0]):
-        if not name.startswith("_"):
-            yield name, value.__func__ if is_a(value, (classmethod, staticmethod)) else value
-
-
-def belongs_to(value: object, package: str) -> bool:
-    """Whether a value is a part of the package, and not imported into it from elsewhere."""
-    if is_a(value, property):
-        return True
-    home = attribute(value, "__name__" if is_a(value, ModuleType) else "__module__")
-    if not is_a(home, str):  # as for the methods of compiled classes
-        home = attribute(attribute(value, "__objclass__"), "__module__")
-    if not is_a(home, str):
-        home = package
-    return home == package or home.startswith(f"{package}.")
-
-
-def own_docstring(value: object) -> str | None:
-    """The docstring of a module, class, function or property, unless it is its type's."""
-    if not (is_a(value, (ModuleType, property)) or callable(value)):
-        return None
-    is_class = is_a(value, type)
-    docstring = own_attributes(value).get("__doc__") if is_class else attribute(value, "__doc__")
-    if not is_a(docstring, str) or docstring == type(value).__doc__:
-        return None
-    if is_class and is_generated(docstring, value):
-        return None
-    # Half a character cannot be written to a file.
-    return inspect.cleandoc(docstring).strip().encode("utf-8", "replace").decode() or None
-
-
-def is_generated(docstring: str, value: type) -> bool:
-    """Whether Python wrote a class's docstring, as for data classes and named tuples."""
-    signature = re.escape(str(attribute(value, "__name__"))) + r"\(.*\)( -> None)?"
-    return "\n\n" not in docstring and bool(re.fullmatch(signature, docstring, re.DOTALL))
-
-
-def find_objects(package: ModuleType) -> Iterator[tuple[str, str, object]]:
-    """Every public object of a package once, as (name, dotted name, object).
-
-    Level by level, so that an object's path is the shortest public one; of several, the one where
-    it was defined, else the alphabetically first. A member of a class is named with it.
-    """
-    yield package.__name__, package.__name__, package
-    seen = {id(package)}
-    level = [("", package.__name__, package)]
-    while level:
-        found = [
-            (f"{prefix}{name}", f"{path}.{name}", value)
-            for prefix, path, owner in level
-            for name, value in public_members(owner)
-            if belongs_to(value, package.__name__)
-        ]
-        found.sort(key=lambda entry: (entry[1] != home(entry[2]), entry[1]))
-        level = []
-        for name, path, value in found:
-            if id(value) in seen:
-                continue
-            seen.add(id(value))
-            yield name, path, value
-            if is_a(value, ModuleType):
-                level.append(("", path, value))
-            elif is_a(value, type):
-                level.append((f"{name}.", path, value))
-
-
-def home(value: object) -> str:
-    """The dotted name under which an object was defined, as far as it knows."""
-    parts = attribute(value, "__module__"), attribute(value, "__qualname__")
-    return ".".join(part for part in parts if is_a(part, str))
-
-
-def find_records(package: ModuleType) -> Iterator[Record]:
-    """A record, with its docstring made fit to learn from, of each documented object."""
-    for name, dotted_name, value in find_objects(package):
-        docstring = clean(own_docstring(value) or "")
-        if docstring:
-            yield Record(package.__name__, name, dotted_name, docstring)
-
 
 # -------------------------------------------------------------------------------------------------
 # Reading packages, each in processes of its own, since importing runs the package's code
 
 
-def read_package(package: str, left_out: set[str], connection: Connection) -> None:
-    """What such a process does: send what it imports, what it skips, and batches of records."""
+def read_package(
+    package: str, left_out: set[str], seconds: tuple[float, float], connection: Connection
+) -> None:
+    """What such a process does: send what it imports, what it skips, and batches of records.
+
+    seconds: that a module may take, and that are left for the package.
+    """
     own_pid = os.getpid()
 
     def tell(*message: object) -> None:
         if os.getpid() != own_pid:
-            os._exit(0)  # a module has forked: one of the two goes on
+            os._exit(0)  # a module has forked: one of the two continues
         connection.send(message)
 
-    be_alone()
+    stand_alone()
+    module_seconds, package_seconds = seconds
+    deadline = time.monotonic() + package_seconds
     try:
-        records = find_records(import_modules(package, left_out, tell))
+        modules = import_modules(package, left_out, tell, module_seconds, deadline)
+        found = documented_objects(package, modules, left_out, tell)
+        cleaned = [(name, path, clean(docstring)) for name, path, docstring in found]
+        records = iter([(package, *record) for record in cleaned if record[-1]])
         while batch := list(islice(records, BATCH_SIZE)):
             tell("records", batch)
-        tell("end")
+    except TookTooLong:
+        tell("slow", package)
     except BaseException as error:  # whatever a foreign package may raise
         tell("skip", package, describe(error))
-        tell("end")
+    tell("end")
     connection.close()
     os._exit(0)  # whatever threads the package has started
 
 
-def be_alone() -> None:
-    """Keep what a package prints, asks for or shows away from the user."""
-    if hasattr(os, "setsid"):
-        os.setsid()  # so that it can be ended with all processes that it starts
+def stand_alone() -> None:
+    """Keep the user from what a package prints, asks for or shows, and it from the suite's."""
+    os.setsid()  # so that it can be killed with all processes that it starts
     with open(os.devnull, "r+") as nothing:
         for stream in (0, 1, 2):
             os.dup2(nothing.fileno(), stream)
     for name in ("DISPLAY", "WAYLAND_DISPLAY"):
         os.environ.pop(name, None)
     os.environ |= {"MPLBACKEND": "Agg", "QT_QPA_PLATFORM": "offscreen", "SDL_VIDEODRIVER": "dummy"}
+    sys.argv = [""]
+    # The suite's modules must not stand in the place of the package's own, as `models`.
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path = [path for path in sys.path if os.path.abspath(path) != here] + [here]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "parts"]:
+        del sys.modules[name]
 
 
 @contextmanager
-def reader(package: str, left_out: set[str]) -> Iterator[tuple[Connection, Callable[[], str]]]:
+def reader(
+    package: str, left_out: set[str], seconds: tuple[float, float]
+) -> Iterator[tuple[Connection, Callable[[], str]]]:
     """A process that reads a package: what it sends, and a function that says how it ended."""
     os.environ["PYTHONHASHSEED"] = "0"  # some docstrings print sets, which then have one order
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=read_package, args=(package, left_out, theirs))
+    process = context.Process(target=read_package, args=(package, left_out, seconds, theirs))
     process.start()
     theirs.close()
 
@@ -266,40 +140,42 @@ def reader(package: str, left_out: set[str]) -> Iterator[tuple[Connection, Calla
 
 
 def end(process: BaseProcess) -> None:
-    """Kill a process with all that it has started."""
+    """Kill a process with all that it has started, also where it has ended by itself."""
     with suppress(ProcessLookupError, PermissionError):
-        if hasattr(os, "killpg") and os.getpgid(process.pid) == process.pid:
-            os.killpg(process.pid, signal.SIGKILL)
+        os.killpg(process.pid, signal.SIGKILL)  # its group has its number
     process.kill()
     process.join()
 
 
 def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) -> dict[str, str]:
-    """Hand the records of a package to `take`; gives the modules that were skipped, and why.
+    """Hand the records of a package to `take`; returns what was skipped, and why.
 
-    A module that ends its process, or takes too long, is left out in the next one. When `stopped`
-    is set there is no next one.
+    A module or an object that ends its process, or hangs where nothing interrupts it, is left out
+    in the next process. When `stopped` is set there is no next one.
     """
     skipped, deadline = {}, time.monotonic() + PACKAGE_SECONDS
+    slow = f"it took longer than {MODULE_SECONDS} s"
+    late = f"the package took longer than {PACKAGE_SECONDS} s"
     while True:
         current, handed_over = package, False
-        with reader(package, set(skipped)) as (connection, ending):
+        seconds = MODULE_SECONDS, deadline - time.monotonic()
+        with reader(package, set(skipped), seconds) as (connection, ending):
             try:
                 while True:
-                    left = deadline - time.monotonic()
-                    if not connection.poll(max(0, min(left, MODULE_SECONDS))):
-                        reason = f"it took longer than {MODULE_SECONDS} s"
-                        if left < MODULE_SECONDS:
-                            reason = f"the package took longer than {PACKAGE_SECONDS} s"
+                    left = deadline + PACKAGE_SECONDS - time.monotonic()
+                    if not connection.poll(max(0, min(left, MODULE_SECONDS + GRACE_SECONDS))):
+                        reason = late if left < MODULE_SECONDS else slow
                         break
                     kind, *content = connection.recv()
-                    if kind == "import":
+                    if kind in ("import", "look"):
                         current = content[0]
                     elif kind == "skip":
                         skipped[content[0]] = content[1]
+                    elif kind in ("slow", "late"):
+                        skipped[content[0]] = slow if kind == "slow" else late
                     elif kind == "records":
                         handed_over = True
-                        take(content[0])
+                        take([Record(*fields) for fields in content[0]])
                     else:
                         return skipped
             except EOFError:
@@ -377,44 +253,61 @@ def cut(text: str, limit: int) -> str:
 
 
 class Line(NamedTuple):
-    """A record written to the spool: what sorts it, its docstring's digest, place and length."""
+    """A record in the spool: all but its docstring, and where that is, in bytes."""
 
     package: str
     dotted_name: str
-    docstring: bytes
+    name: str
     start: int
     size: int
 
 
 class Spool:
-    """The records as JSON lines in a temporary file, so that memory holds none of the texts."""
+    """The docstrings of the records in a temporary file, so that memory holds none of them."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.lines = file, []
 
     def take(self, records: list[Record]) -> None:
-        for record in records:
-            line = (json.dumps({"text": record.text()}) + "\n").encode()
-            digest = hashlib.sha256(record.docstring.encode()).digest()
-            place = self.file.tell(), len(line)
-            self.lines.append(Line(record.package, record.dotted_name, digest, *place))
-            self.file.write(line)
+        for package, name, dotted_name, docstring in records:
+            content = docstring.encode()
+            self.lines.append(Line(package, dotted_name, name, self.file.tell(), len(content)))
+            self.file.write(content)
 
-    def read(self, line: Line) -> bytes:
+    def read(self, line: Line) -> str:
         self.file.seek(line.start)
-        return self.file.read(line.size)
+        return self.file.read(line.size).decode()
 
 
-def split(lines: list[Line]) -> dict[str, list[Line]]:
+def make_unique(lines: list[Line]) -> list[Line]:
+    """Lines whose names are each one object's: as many parts of the dotted name as that takes."""
+    while True:
+        counts = Counter((line.package, line.name) for line in lines)
+        longer = [
+            line._replace(name=longer_name(line)) if counts[line.package, line.name] > 1 else line
+            for line in lines
+        ]
+        if longer == lines:
+            return lines
+        lines = longer
+
+
+def longer_name(line: Line) -> str:
+    """One more part of the dotted name, if there is one."""
+    parts = line.dotted_name.split(".")
+    return ".".join(parts[-line.name.count(".") - 2 :])
+
+
+def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
     """Share the records out to the files of DATASET; the same records give the same files.
 
-    Records with one docstring stay together, so that none is both trained on and tested. Where
-    such groups are few, a file may stay empty.
+    Records of one of the `groups` (a number for each line) stay together, so that no text is both
+    trained on and tested. Where groups are few, a file may stay empty.
     """
-    groups = {}
-    for line in sorted(lines):
-        groups.setdefault(line.docstring, []).append(line)
-    shuffled = list(groups.values())
+    members: dict[int, list[Line]] = {}
+    for line, group in zip(lines, groups, strict=True):
+        members.setdefault(group, []).append(line)
+    shuffled = list(members.values())
     random.Random(0).shuffle(shuffled)
 
     held_out = max(1, round(TEST_SET_SIZE * len(lines)))
@@ -430,8 +323,11 @@ def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> Non
     beside = {name: folder / f"{name}.partial" for name in files}
     try:
         for name, lines in files.items():
-            with open(beside[name], "wb") as file:
-                file.writelines(map(spool.read, lines))
+            with open(beside[name], "w", encoding="utf-8") as file:
+                for line in lines:
+                    question = QUESTION.format(name=line.name, package=line.package)
+                    text = f"{question}{line.dotted_name} {spool.read(line)}"
+                    file.write(json.dumps({"text": text}) + "\n")
         for name in files:
             os.replace(beside[name], folder / name)
     finally:
@@ -452,20 +348,21 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def create_dataset(
-    packages: list[str], folder: Path, processes: int, tokenizer: str | None
-) -> None:
-    """Read the packages, clean and split their docstrings, and write the files.
+    packages: list[str],
+    folder: Path,
+    processes: int,
+    tokenizer: str | None,
+    overwrite: bool = False,
+) -> dict[str, str]:
+    """Read the packages, clean and split their docstrings, and write the files; returns the
+    packages that gave no record, and why.
 
-    Raises ValueError when there is nothing to write, FileNotFoundError or ValueError when
-    `tokenizer` is no SentencePiece model.
+    Raises ValueError when there is nothing to write or `folder` holds what another run or nobody
+    of ours made, FileNotFoundError or ValueError when `tokenizer` is no SentencePiece model.
     """
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
-    for name in DATASET:
-        if (folder / name).is_dir():
-            raise IsADirectoryError(f"{folder / name} is a folder: move it, or name another")
-    count_tokens = load_tokenizer(tokenizer) if tokenizer else None
     packages = list(dict.fromkeys(packages))
+    check_folder(folder, packages, overwrite)
+    count_tokens = load_tokenizer(tokenizer) if tokenizer else None
     with tempfile.TemporaryFile() as file:
         spool, lock = Spool(file), Lock()
 
@@ -474,25 +371,71 @@ def create_dataset(
                 spool.take(records)
 
         skipped = read_all(packages, take, processes)
-        files = split(spool.lines)
+        lines = make_unique(sorted(spool.lines))
+        empty = {
+            name: why_empty(name, skipped.get(name))
+            for name in packages
+            if name not in {line.package for line in lines}
+        }
+        skipped |= empty
+        from parts.near_copies import group_near_copies  # here: NumPy is not for the readers
+
+        groups = group_near_copies(map(spool.read, lines)) if lines else []
+        files = split(lines, groups)
         if not all(files.values()):
-            n_different = len({line.docstring for line in spool.lines})
             raise ValueError(
-                f"{', '.join(packages)} gave {n_different} different docstrings, too few for three "
-                f"files: name installed packages{says(skipped)}"
+                f"{', '.join(packages)} gave {len(set(groups))} different docstrings, too few for "
+                f"three files: name installed packages{in_brackets(skipped)}"
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_files(files, spool, folder)
-    for module, reason in sorted(skipped.items()):
-        print(f"skipped {module}: {reason}")
+    for line in by_reason(skipped):
+        print(f"skipped {line}")
     for name in files:
         summarize(folder / name, count_tokens)
+    return empty
+
+
+def check_folder(folder: Path, packages: list[str], overwrite: bool) -> None:
+    """Raise what the user can mend, where the files cannot be written or should not be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
+    for path in (folder / name for name in DATASET):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: move it, or name another")
+        if not path.exists() or overwrite:
+            continue
+        found = packages_in(path)
+        if found is None:
+            raise ValueError(
+                f"{path} is not of this script: name another --data-folder, or give --overwrite"
+            )
+        if others := sorted(found - set(packages)):
+            raise ValueError(
+                f"{path} holds records of {', '.join(others)}: name another --data-folder, or give "
+                "--overwrite"
+            )
+
+
+def packages_in(path: Path) -> set[str] | None:
+    """The packages of the records in a file; None where a line is none that this script writes."""
+    pattern = re.compile(
+        re.escape(QUESTION).replace("\\{name\\}", ".+?").replace("\\{package\\}", "(.+?)")
+    )
+    packages = set()
+    try:
+        for line in path.read_bytes().splitlines():
+            record = json.loads(line)
+            packages.add(pattern.match(record["text"])[1])
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return packages
 
 
 def read_all(
     packages: list[str], take: Callable[[list[Record]], None], processes: int
 ) -> dict[str, str]:
-    """Hand the records of all packages to `take`; gives the skipped modules, and why."""
+    """Hand the records of all packages to `take`; returns what was skipped, and why."""
     skipped, stopped = {}, Event()
     with ThreadPoolExecutor(processes) as pool:
         readings = pool.map(lambda package: collect(package, take, stopped), packages)
@@ -508,9 +451,29 @@ def read_all(
     return skipped
 
 
-def says(skipped: dict[str, str]) -> str:
-    reasons = "; ".join(f"{module}: {reason}" for module, reason in sorted(skipped.items()))
-    return f" (skipped {reasons})" if reasons else ""
+def why_empty(package: str, reason: str | None) -> str:
+    """Why a package gave no record: it may be a distribution's name."""
+    names = names_of_distribution(package)
+    if names and package not in names:
+        return f"{package} is imported as {', '.join(names)}"
+    return reason or "nothing public in it has a docstring of its own"
+
+
+def by_reason(skipped: dict[str, str]) -> list[str]:
+    """A line for each reason, with the first of the modules that were skipped for it."""
+    groups: dict[str, list[str]] = {}
+    for name in sorted(skipped):
+        groups.setdefault(skipped[name], []).append(name)
+    return [f"{some_of(names)}: {reason}" for reason, names in groups.items()]
+
+
+def some_of(names: list[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def in_brackets(skipped: dict[str, str]) -> str:
+    return f" (skipped {'; '.join(by_reason(skipped))})" if skipped else ""
 
 
 def load_tokenizer(path: str) -> Callable[[str], int]:
@@ -570,6 +533,11 @@ def main() -> None:
         help="packages to read at a time (default: as many as there are cores)",
     )
     parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files in the folder that this script did not make, or made of other packages",
+    )
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
@@ -579,7 +547,13 @@ def main() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, lambda number, _: sys.exit(128 + number))  # and end the readers
     try:
-        create_dataset(args.packages, Path(args.data_folder), args.processes, args.tokenizer)
+        empty = create_dataset(
+            args.packages, Path(args.data_folder), args.processes, args.tokenizer, args.overwrite
+        )
+        if empty:
+            fail(
+                ValueError(f"no records of {'; '.join(by_reason(empty))}. The others are there"), 1
+            )
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:

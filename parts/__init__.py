@@ -1,8 +1,10 @@
 """What the scripts share, and what the documented example does not have; one subject a file.
 
 Scripts import parts, parts never import scripts. What the readers of the data set script start
-with (docstrings, public_objects) imports no MLX.
+with (all but near_copies) imports neither MLX nor NumPy.
 
-docstrings        a docstring made fit to learn from
+foreign           looking at the objects of other packages, which may run any code or never return
+package_modules   the modules of a package, imported, and what was installed with it
 public_objects    every public object of a package, under the name that a user types
+near_copies       which texts are too alike to be trained on and tested
 """

@@ -69,7 +69,7 @@ def run(folder, *arguments):
         ("ReLU", "mlx.nn.ReLU"),
         ("add", "mlx.core.add"),
         ("array.astype", "mlx.core.array.astype"),
-        ("fft", "mlx.core.fft.fft"),
+        ("fft.fft", "mlx.core.fft.fft"),
         ("Module.update", "mlx.nn.Module.update"),
         ("Adam", "mlx.optimizers.Adam"),
         ("tree_map", "mlx.utils.tree_map"),
@@ -78,9 +78,8 @@ def run(folder, *arguments):
 )
 def test_an_object_has_one_record_under_its_shortest_public_name(mlx_data, name, dotted_name):
     texts = [text for texts in read(mlx_data).values() for text in texts]
-    found = [text for text in texts if text.startswith(f"Q: What is {name} in mlx?\nA: mlx.")]
-    named = [text for text in found if text.split("\nA: ")[1].startswith(f"{dotted_name} ")]
-    assert len(named) == 1
+    found = [text for text in texts if text.startswith(f"Q: What is {name} in mlx?\nA: ")]
+    assert [text.split("\nA: ")[1].split(" ")[0] for text in found] == [dotted_name]
     assert not [text for text in texts if "\nA: mlx.nn.layers." in text]
 
 
@@ -369,7 +368,10 @@ def test_modules_that_misbehave_cost_no_other_and_are_named(tmp_path, mlx_data, 
     assert {text for file in read(mlx_data).values() for text in file} < texts
     assert {text for text in texts if "troubled" in text} == {
         "Q: What is Nameless in troubled?\nA: troubled.nameless.Nameless Kind(x) -> None",
-        *(f"Q: What is work in troubled?\nA: troubled.{n}.work Works in {n}." for n in HARMLESS),
+        *(
+            f"Q: What is {n}.work in troubled?\nA: troubled.{n}.work Works in {n}."
+            for n in HARMLESS
+        ),
     }
 
 
@@ -391,7 +393,8 @@ def test_the_files_do_not_depend_on_the_number_of_processes(tmp_path):
 
 def test_a_package_that_takes_too_long_is_named_as_such(tmp_path, monkeypatch, capfd):
     slow = "import time; time.sleep(3)"
-    make_package(tmp_path, "slow", a=slow, b=slow, c=slow, d=slow)
+    first = '"""It is slow."""'
+    make_package(tmp_path, "slow", __init__=first, a=slow, b=slow, c=slow, d=slow)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(dataset, "MODULE_SECONDS", 9)
     monkeypatch.setattr(dataset, "PACKAGE_SECONDS", 10)
@@ -399,6 +402,8 @@ def test_a_package_that_takes_too_long_is_named_as_such(tmp_path, monkeypatch, c
     skipped = re.findall("skipped .*", capfd.readouterr()[0])
     assert len(skipped) == 1
     assert re.fullmatch(r"skipped slow\.\w: the package took longer than 10 s", skipped[0])
+    texts = {text for file in read(tmp_path / "data").values() for text in file}
+    assert "Q: What is slow in slow?\nA: slow It is slow." in texts
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
