@@ -302,7 +302,8 @@ def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
     """Share the records out to the files of DATASET; the same records give the same files.
 
     Records of one of the `groups` (a number for each line) stay together, so that no text is both
-    trained on and tested. Where groups are few, a file may stay empty.
+    trained on and tested; a group that is a large part of a file is for training. Where groups are
+    few, a file may stay empty.
     """
     members: dict[int, list[Line]] = {}
     for line, group in zip(lines, groups, strict=True):
@@ -311,9 +312,11 @@ def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
     random.Random(0).shuffle(shuffled)
 
     held_out = max(1, round(TEST_SET_SIZE * len(lines)))
+    largest = max(held_out // 5, min(map(len, shuffled), default=0))
     files = {name: [] for name in DATASET}
     for group in shuffled:
-        fits = (n for n in ("test.jsonl", "valid.jsonl") if len(files[n]) + len(group) <= held_out)
+        room = held_out if len(group) <= largest else 0
+        fits = (n for n in ("test.jsonl", "valid.jsonl") if len(files[n]) + len(group) <= room)
         files[next(fits, "train.jsonl")] += group
     return files
 

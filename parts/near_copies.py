@@ -1,37 +1,44 @@
 """Which texts are near-copies of each other, so that none is both trained on and tested.
 
 After Broder, "On the resemblance and containment of documents", 1997: a text is the set of its runs
-of eight words, and close to another when the other has most of them.
+of eight words, and close to another when the other has many of them.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from zlib import crc32
 
 import numpy as np
 
 RUN_WORDS = 8
-SHARE = 0.6  # of a text's runs that stand in longer texts make it a near-copy; at least a half
+COPIED = 0.4  # of a text's runs stand in longer texts: then it joins the groups of those
+FROM_ONE = 0.2  # of its runs stand in texts of a group that it joins, beside the one with most
 
 
 def group_near_copies(texts: Iterable[str]) -> list[int]:
-    """For each text a number that its near-copies share, equal texts among them.
-
-    The longest come first. Each joins the group that has most of its runs, if those that have been
-    seen before are SHARE of them, else it begins a group.
-    """
+    """For each text a number that it shares with its near-copies, equal texts among them."""
     runs = [hash_runs(text) for text in texts]
-    ends = np.cumsum([len(row) for row in runs])
+    ends = np.cumsum([len(hashes) for hashes in runs])
     ids = np.split(np.unique(np.concatenate(runs), return_inverse=True)[1], ends[:-1])
-    owners = np.full(max(ends[-1], 1), -1)
-    groups = [0] * len(ids)
-    for i in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):
+    owners = np.full(ends[-1], -1)  # of each run, the first text that had it
+    groups = list(range(len(ids)))  # for each text one of the same group, or itself
+
+    def group_of(i: int) -> int:
+        while groups[i] != i:
+            i = groups[i]
+        return i
+
+    for i in sorted(range(len(ids)), key=lambda i: (-len(ids[i]), i)):  # the longest first
         found = owners[ids[i]]
-        known = found[found >= 0]
-        is_copy = len(known) >= SHARE * len(found)
-        groups[i] = int(np.bincount(known).argmax()) if is_copy else i
-        owners[ids[i][found < 0]] = groups[i]
-    return groups
+        copied = found[found >= 0]
+        if len(copied) >= COPIED * len(found):
+            counts = Counter(map(group_of, copied.tolist())).most_common()
+            for n_joined, (group, n_runs) in enumerate(counts):
+                if n_joined == 0 or n_runs >= FROM_ONE * len(found):
+                    groups[group] = group_of(i)
+        owners[ids[i][found < 0]] = i
+    return [group_of(i) for i in range(len(ids))]
 
 
 def hash_runs(text: str) -> np.ndarray:

@@ -134,8 +134,10 @@ class Walk:
                 named.add(path.dotted_name)
                 yield found
             if is_a(found.value, ModuleType):
+                listed = names_in_all(found.value)
                 for member in self._members(found.value):
-                    if self._is_own(member.value):
+                    is_import = self._is_private(member.value) and member.name not in listed
+                    if self._is_own(member.value) and not is_import:
                         push(self._path(path, member), member.name, member)
             elif is_a(found.value, type):
                 for member in self._class_members(found.value):
@@ -156,7 +158,8 @@ class Walk:
         """The path to a member of a module, or of the class `cls`."""
         facts = self._facts(member.value)
         own_path = facts.import_name
-        if own_path and "._" not in own_path and not own_path.startswith(f"{owner.dotted_name}."):
+        is_below = (own_path or "").startswith(f"{owner.dotted_name}.")
+        if own_path and not is_below and not self._is_private(member.value):
             return self._module_path(own_path)  # not through the import of a module beside it
         dotted_name = f"{owner.dotted_name}.{member.name}"
         is_alias = facts.name not in (None, member.name)
@@ -190,11 +193,14 @@ class Walk:
         path = self.class_paths.get(id(base))
         return path is not None and path.dotted_name != self._facts(base).home
 
+    def _is_private(self, value: object) -> bool:
+        """Whether this is a module that no public name imports."""
+        return is_a(value, ModuleType) and "._" in f".{self._facts(value).import_name or ''}"
+
     def _gifts(self) -> set[int]:
         """The identities of what the package's own `__all__` takes from other packages."""
-        listed = own_attributes(self.package).get("__all__")
-        names = {name for name in listed if is_a(name, str)} if is_a(listed, (list, tuple)) else ()
-        gifts = [m.value for m in self._members(self.package) if m.name in names]
+        listed = names_in_all(self.package)
+        gifts = [m.value for m in self._members(self.package) if m.name in listed]
         return {
             id(identity(value))
             for value in gifts
@@ -242,23 +248,24 @@ def public_members(owner: object) -> Iterator[Member]:
     """
     members = {name: value for name, value in own_attributes(owner).items() if is_a(name, str)}
     if is_a(owner, ModuleType):
-        listed = members.get("__all__")
-        names = list(listed) if is_a(listed, (list, tuple)) else []
-        if "__dir__" in members:
-            names += listed_by_dir(owner)
-        for name in names:
-            if is_a(name, str) and name not in members:
-                members[name] = attribute(owner, name)
+        names = names_in_all(owner) + (names_in_dir(owner) if "__dir__" in members else [])
+        members |= {name: attribute(owner, name) for name in names if name not in members}
     for name, value in sorted(members.items(), key=lambda item: item[0]):
         if not name.startswith("_"):
             yield Member(name, value, owner)
 
 
-def listed_by_dir(module: ModuleType) -> list[object]:
-    names = attribute(module, "__dir__")
+def names_in_all(module: ModuleType) -> list[str]:
+    listed = own_attributes(module).get("__all__")
+    return [name for name in listed if is_a(name, str)] if is_a(listed, (list, tuple)) else []
+
+
+def names_in_dir(module: ModuleType) -> list[str]:
+    """What a module's own `__dir__` lists."""
+    list_names = attribute(module, "__dir__")
     try:
         with time_limit(ATTRIBUTE_SECONDS):
-            return list(names())
+            return [name for name in list_names() if is_a(name, str)]
     except BaseException:
         return []
 
