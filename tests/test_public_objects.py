@@ -16,7 +16,8 @@ CASES = {
     "hidden": (  # a function hides the module of its name
         {
             "__init__.py": "from .solve import solve",
-            "solve.py": 'def solve():\n    "Solve."\nclass Solver:\n    def run(self):\n        "Run."',
+            "solve.py": 'def solve():\n    "Solve."\n'
+            'class Solver:\n    def run(self):\n        "Run."',
         },
         {"solve", "solve.Solver.run"},
     ),
