@@ -4,10 +4,9 @@ Knows the sections of numpydoc (underlined headings), of Google's style (`Args:`
 fields (`:param x:`).
 """
 
-import math
 import re
+import textwrap
 import unicodedata
-from itertools import groupby
 from typing import NamedTuple
 
 from parts.markup import indent_of, visible_text
@@ -26,16 +25,19 @@ NOISE = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 LICENCE = re.compile(
-    r"copyright\W+(\(c\)|©|\d|by\b|the\b)|^:?licen[cs]e:|all rights reserved|spdx-license-identifier"
+    r"copyright\W+(\(c\)|©|\d|by\b|the\b)|^:?licen[cs]e:|all rights reserved|spdx-license-"
     r"|licensed under|permission is hereby granted|redistribution and use in source"
     r"|without warrant|\"as is\"|permission notice shall be|^the (mit|bsd|apache)\b.* licen[cs]e"
     r"|^(mit|bsd|apache)\b.{0,20} licen[cs]e|^:?authors?:|terms of the",
     re.IGNORECASE,
 )
-# Placeholders that stand alone on their line, as decorators fill them in; and one inside a text.
-PLACEHOLDER_LINE = re.compile(r"^[ \t]*(%\([\w:]+\)s|\{_?[a-z]\w*\}|\$\{\w+\})[ \t]*$", re.MULTILINE)
 PLACEHOLDER = re.compile(r"%\([a-z]\w*\)s")
 CALL = re.compile(r"(\d+\. )?([\w.]+|[\w.]+\[[\w, ]*\])?\(")
+
+NAME = r"[\w.*&'\"]+(?:\[[^\n]{0,300}\])?"
+RETURNED = re.compile(
+    rf"\s*(->|→)\s*({NAME}|[(\[{{][^\n]{{0,300}}[)\]}}])((\s*\||,| or)\s*{NAME}){{0,9}}[\s:.]*"
+)
 
 
 def is_noise(docstring: str) -> bool:
@@ -45,9 +47,8 @@ def is_noise(docstring: str) -> bool:
     named tuples say of their fields, and words such as "TODO".
     """
     text = docstring.strip()
-    if NOISE.fullmatch(text[:200]) and len(text) <= 200:
-        return True
-    return is_signature(text) or is_licence(text) or is_template(text)
+    said = NOISE.fullmatch(text) is None
+    return not said or is_signature(text) or is_licence(text) or is_template(text)
 
 
 def is_signature(text: str) -> bool:
@@ -58,13 +59,10 @@ def is_signature(text: str) -> bool:
         end = closing_bracket(rest, call.end()) if call else None
         if not end:
             return False
-        returned = re.match(r"[ \t]*(->|→)[ \t]*[^\n]{1,300}|[ \t]*:?(?=\s|$)", rest[end:])
-        if not returned:
+        after, _, rest = rest[end:].partition("\n")
+        if after.strip(" \t:") and not RETURNED.fullmatch(after):
             return False
-        line_ends = end + returned.end()
-        if rest[line_ends : line_ends + 1].strip():
-            return False
-        rest = rest[line_ends:].lstrip("\n").lstrip()
+        rest = rest.strip()
     return bool(text)
 
 
@@ -86,7 +84,251 @@ def is_licence(text: str) -> bool:
 
 
 def is_template(text: str) -> bool:
-    """Whether placeholders are all that a text has, or stand in its summary."""
-    rest = PLACEHOLDER_LINE.sub("", text).strip()
-    summary = rest.split("\n\n", 1)[0]
-    return not rest or PLACEHOLDER.search(summary) is not None and "``" not in summary
+    """Whether a placeholder stands in the summary, so that nobody knows what it is about."""
+    summary = text.split("\n\n", 1)[0]
+    return "``" not in summary and PLACEHOLDER.search(summary) is not None
+
+
+# -------------------------------------------------------------------------------------------------
+# Truncating
+
+UNDERLINE = re.compile(r"\s*([-=~^\"'#*+`.])\1{2,}")
+DOCTEST_INPUT = re.compile(r"\s*(>>>|\.\.\.)( |$)")
+ITEM = re.compile(r"\s*([-*+•] |\(?\w{1,2}[.)] |:\w[^:]{0,80}:( |$))")
+SENTENCE_END = re.compile(r"(?<![.\s(][a-z])(?<!\bcf)(?<!\bvs)(?<!\betc)[.!?][)\"'`]{0,2}(?=\s)")
+
+
+def truncate(text: str, limit: int) -> str:
+    """The text, or what of its beginning `limit` characters hold and ends well.
+
+    That is, after a paragraph, an item or an example if more than half of the limit is kept so;
+    else after a sentence or a line, else after a word or a character. A doctest line stays whole.
+    """
+    if len(text) <= limit:
+        return text
+    lines = text.split("\n")
+    n_whole = whole_lines(lines, limit)
+    in_doctest = DOCTEST_INPUT.match(lines[n_whole]) is not None
+    least = 0 if in_doctest else limit / 2
+    sentences = [match.end() for match in SENTENCE_END.finditer(text[: limit + 1])]
+    for kept in (
+        whole_blocks(lines, n_whole),
+        text[: sentences[-1]] if sentences and not in_doctest else "",
+        without_loose_end(lines, n_whole),
+        "" if in_doctest else text[: limit + 1].rpartition(" ")[0].rstrip(),
+    ):
+        if len(kept) > least:
+            return kept
+    while limit and unicodedata.combining(text[limit]):
+        limit -= 1
+    return text[:limit]
+
+
+def whole_lines(lines: list[str], limit: int) -> int:
+    """How many lines `limit` characters hold."""
+    size = -1
+    for n, line in enumerate(lines):
+        size += len(line) + 1
+        if size > limit:
+            return n
+    return len(lines)
+
+
+def whole_blocks(lines: list[str], n: int) -> str:
+    """What of the first `n` lines is whole paragraphs, items and examples, with no loose end."""
+    while n and not begins_block(lines, n):
+        n -= 1
+    return without_loose_end(lines, n)
+
+
+def begins_block(lines: list[str], n: int) -> bool:
+    """Whether a paragraph, an item of a list, an entry or an example ends before line `n`."""
+    line, before = lines[n], lines[n - 1]
+    if not line.strip() or not before.strip():
+        return True
+    if DOCTEST_INPUT.match(before) or line.lstrip().startswith("..."):
+        return False
+    if line.lstrip().startswith(">>>") or ITEM.match(line):
+        return True
+    return indent_of(line) < indent_of(before)
+
+
+def without_loose_end(lines: list[str], n: int) -> str:
+    """The first `n` lines without an end that promises more.
+
+    Such are a heading, a parameter without its meaning, a doctest's input without its output, and
+    what ends on a colon.
+    """
+    while n:
+        last = lines[n - 1]
+        if not last.strip() or DOCTEST_INPUT.match(last) or opens(lines, n - 1):
+            n -= 1
+        elif last.endswith(":"):
+            start = n - 1
+            while start and not begins_block(lines, start):
+                start -= 1
+            announcement = "\n".join(lines[start:n])
+            sentences = [match.end() for match in SENTENCE_END.finditer(announcement)]
+            if sentences:
+                return "\n".join([*lines[:start], announcement[: sentences[-1]]])
+            n = start
+        else:
+            break
+    return "\n".join(lines[:n]).rstrip()
+
+
+def opens(lines: list[str], n: int) -> bool:
+    """Whether line `n` is a heading, or what the next, deeper line tells more of."""
+    if is_heading(lines, n) or n and is_heading(lines, n - 1):
+        return True
+    following = lines[n + 1] if n + 1 < len(lines) else ""
+    return following.strip() != "" and indent_of(following) > indent_of(lines[n])
+
+
+def is_heading(lines: list[str], n: int) -> bool:
+    """Whether line `n` is underlined."""
+    return (
+        n + 1 < len(lines)
+        and lines[n].strip() != ""
+        and (n == 0 or not lines[n - 1].strip())
+        and UNDERLINE.fullmatch(lines[n + 1]) is not None
+        and not UNDERLINE.fullmatch(lines[n])
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Sections
+
+
+class Section(NamedTuple):
+    """Some lines of a docstring with their heading, and how early they are to be kept."""
+
+    rank: int
+    lines: list[str]
+
+
+SUMMARY, PARAMETERS, RETURNS, RAISES, EXAMPLES, OTHER, SEE_ALSO, REFERENCES = range(8)
+RANKS = {
+    PARAMETERS: "parameters|args|arguments|params|keyword args|keyword arguments|other parameters"
+    "|options|inputs?|shape|fields",
+    RETURNS: "returns?|yields?|receives|outputs?|return value|return values",
+    RAISES: "raises|warns|exceptions|throws|attributes|properties",
+    EXAMPLES: "examples?|usage|example usage|usage examples?",
+    OTHER: "notes?|warnings?|methods|todo|tips?|important|caution",
+    SEE_ALSO: "see also|see",
+    REFERENCES: "references?|citations?|bibliography|sources?|authors?|licen[cs]e|copyright",
+}
+TITLES = [(rank, re.compile(titles, re.IGNORECASE)) for rank, titles in RANKS.items()]
+FIELDS = [
+    (PARAMETERS, {"param", "parameter", "arg", "argument", "key", "keyword", "type", "kwarg"}),
+    (RETURNS, {"return", "returns", "rtype", "yield", "yields", "ytype"}),
+    (RAISES, {"raise", "raises", "except", "exception", "ivar", "cvar", "var", "vartype"}),
+]
+FIELD = re.compile(r":(\w+)[^:]{0,200}:( |$)")
+LEAST_TRUNCATED = 200  # characters that a section has to have left for a part of it to be kept
+
+
+def rank_of_title(title: str) -> int | None:
+    """The rank of a section by its title, None where it has no known one."""
+    return next((rank for rank, titles in TITLES if titles.fullmatch(title.strip())), None)
+
+
+def rank_of_field(line: str) -> int | None:
+    """The rank of a Sphinx field, None where a line is none."""
+    field = FIELD.match(line)
+    if not field:
+        return None
+    return next((rank for rank, names in FIELDS if field[1] in names), OTHER)
+
+
+def sections(text: str) -> list[Section]:
+    """The sections of a docstring; the first is what stands before the first heading."""
+    lines = text.split("\n")
+    found = [Section(SUMMARY, [])]
+    indented = False  # whether the section ends where its indentation does
+    for n, line in enumerate(lines):
+        title = line[:-1] if line.endswith(":") else ""
+        field, named = rank_of_field(line), rank_of_title(title) if title else None
+        if is_heading(lines, n):
+            rank = rank_of_title(line)
+            found.append(Section(OTHER if rank is None else rank, []))
+            indented = False
+        elif named is not None:
+            found.append(Section(named, []))
+            indented = n + 1 < len(lines) and lines[n + 1].startswith(" ")
+        elif field is not None:
+            if not (indented and found[-1].rank == field and FIELD.match(found[-1].lines[0])):
+                found.append(Section(field, []))
+            indented = True
+        elif indented and line[:1].strip() and not lines[n - 1].strip():
+            found.append(Section(OTHER, []))
+            indented = False
+        found[-1].lines.append(line)
+    return [section for section in found if section.lines]
+
+
+def without_empty_sections(found: list[Section]) -> list[Section]:
+    """The sections without known headings whose text is gone, as a plot's or an index's may be."""
+    kept = []
+    for n, section in enumerate(found):
+        heading = section.lines[0].rstrip(":")
+        body = [
+            line for line in section.lines[1:] if line.strip() and not UNDERLINE.fullmatch(line)
+        ]
+        is_last = (
+            n + 1 == len(found) or rank_of_title(found[n + 1].lines[0].rstrip(":")) is not None
+        )
+        if body or rank_of_title(heading) is None or not is_last:
+            kept.append(section)
+    return kept
+
+
+def joined(found: list[Section]) -> str:
+    return "\n".join(line for section in found for line in section.lines).strip()
+
+
+def shorten(found: list[Section], limit: int) -> str:
+    """The sections that `limit` characters hold, those that teach most first, in their order.
+
+    What stands before the first heading takes half of the limit at most, or what the others leave.
+    Of a section that does not fit, whole entries, paragraphs or examples are kept.
+    """
+    text = joined(found)
+    if len(text) <= limit or len(found) == 1:
+        return truncate(text, limit)
+    kept, room = {}, limit
+    others = sum(len(joined([section])) + 2 for section in found[1:])
+    for n in sorted(range(len(found)), key=lambda n: found[n].rank):
+        lines = "\n".join(found[n].lines).strip("\n").split("\n")
+        part = "\n".join(lines)
+        if n == 0:
+            part = truncate(part, max(limit // 2, limit - others) - 2)
+        elif len(part) > room - 2:
+            part = (
+                whole_blocks(lines, whole_lines(lines, room - 2)) if room > LEAST_TRUNCATED else ""
+            )
+        if part:
+            n_blank = 2 if not found[n].lines[-1].strip() else 1
+            kept[n] = part + "\n" * n_blank
+            room -= len(kept[n])
+    return "".join(kept[n] for n in sorted(kept)).strip()
+
+
+# -------------------------------------------------------------------------------------------------
+# Cleaning
+
+
+def clean(docstring: str, limit: int) -> str:
+    """A docstring as plain text of `limit` characters at most; "" where it says nothing.
+
+    The docstring's indentation has to be its own (`inspect.cleandoc`).
+    """
+    if is_noise(docstring):
+        return ""
+    text = textwrap.dedent(visible_text(docstring)).strip()
+    text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # an address is another at each run
+    text = re.sub(r"\A([^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)  # the summary is a paragraph
+    text = re.sub(r"\n{3,}", "\n\n", text)
+    if NOISE.fullmatch(text):
+        return ""
+    return shorten(without_empty_sections(sections(text)), limit)

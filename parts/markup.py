@@ -26,6 +26,10 @@ class Block(NamedTuple):
     lines: list[str]
 
 
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 Read = tuple[list[Block], int]  # what a reader makes of the lines, and the first line after it
 
 ADMONITIONS = {
@@ -40,22 +44,22 @@ VERSIONS = {
     "deprecated": "Deprecated since version",
 }
 # Their content is shown as it is written.
-CODE = set(
+CODE = words(
     "code code-block sourcecode doctest testcode testoutput prompt parsed-literal ipython plot "
-    "jupyter-execute doctest-skip doctest-requires doctest-remote-data math productionlist".split()
+    "jupyter-execute doctest-skip doctest-requires doctest-remote-data math productionlist"
 )
 # Neither argument nor content is shown.
-HIDDEN = set(
+HIDDEN = words(
     "include literalinclude image toctree index raw meta highlight highlightlang module "
     "currentmodule py:module py:currentmodule default-role role default-domain tabularcolumns "
     "todo todolist testsetup testcleanup doctest-skip-all graphviz digraph graph uml mermaid "
     "inheritance-diagram minigallery bibliography footbibliography contents sectnum "
-    "moduleauthor sectionauthor codeauthor automodule rst-class comment target-notes".split()
+    "moduleauthor sectionauthor codeauthor automodule rst-class comment target-notes"
 )
 # The content is shown, the argument is not.
-CONTAINERS = set(
+CONTAINERS = words(
     "container figure only ifconfig tabs tab-set grid hlist autosummary compound list-table "
-    "glossary legacy tags cssclass math-block epigraph highlights pull-quote".split()
+    "glossary legacy tags cssclass math-block epigraph highlights pull-quote"
 )
 DIRECTIVE = re.compile(r"( *)\.\. (?:\|[^|]+\| )?([A-Za-z][\w:.+-]{0,60}?) ?::(?:\s+(.*))?")
 # One colon makes a comment of it, but everybody means the directive.
@@ -128,7 +132,9 @@ def read_directive(lines: list[str], at: int) -> Read | None:
         return None
     indent, name, argument = match[1], match[2].lower(), (match[3] or "").strip()
     start = at + 1
-    while start < len(lines) and OPTION.match(lines[start]) and indent_of(lines[start]) > len(indent):
+    while (
+        start < len(lines) and OPTION.match(lines[start]) and indent_of(lines[start]) > len(indent)
+    ):
         start += 1
     if name in HIDDEN or "|" in match[0][: match.start(2)]:
         return [], body_end(lines, start, len(indent))
@@ -216,16 +222,23 @@ def blocks(lines: list[str]) -> Iterator[Block]:
 # Inside a line
 
 # Roles whose content is shown as it is written; of others, `title <target>` shows the title.
-VERBATIM_ROLES = set(
+VERBATIM_ROLES = words(
     "math code kbd samp file command dfn guilabel menuselection mimetype newsgroup program regexp "
     "sub sup abbr strong emphasis literal makevar manpage mailheader index title t raw eq "
-    "subscript superscript title-reference".split()
+    "subscript superscript title-reference"
 )
 ROLE_PREFIXES = {
     "pep": "PEP ", "rfc": "RFC ", "cve": "CVE-", "cwe": "CWE-", "doi": "doi:", "arxiv": "arXiv:",
 }  # fmt: skip
-TITLE = re.compile(r"(.+?)\s*(?<!\\)<([^<]*)>", re.DOTALL)
 DOTTED = re.compile(r"[\w.]*")
+
+
+def title_and_target(content: str) -> tuple[str, str]:
+    """The two parts of `title <target>`; an empty title where there is none."""
+    title, bracket, target = content.rpartition("<")
+    if not bracket or not target.endswith(">") or title.endswith("\\"):
+        return "", content
+    return title.strip(), target[:-1]
 
 
 def shown_target(target: str) -> str:
@@ -240,18 +253,21 @@ def shown_role(match: re.Match) -> str:
     name, content = match["role"].rstrip(":").rsplit(":", 1)[-1].lower(), match["content"]
     if name in VERBATIM_ROLES:
         return content
-    title = TITLE.fullmatch(content)
+    title, _ = title_and_target(content)
     if title:
-        return title[1]
-    content = " ".join(content.split()) if "\n" not in content else content
+        return title
     return ROLE_PREFIXES.get(name, "") + shown_target(content.strip())
 
 
 def shown_link(match: re.Match) -> str:
     """The text of `text <url>`_, `text`_ or `<url>`_."""
-    content = match["link"].strip()
-    title = re.fullmatch(r"(.*?)\s*<([^<>]*)>", content, re.DOTALL)
-    return (title[1] or title[2]) if title else content
+    title, target = title_and_target(match["link"].strip())
+    return title or target
+
+
+def shown_doclink(match: re.Match) -> str:
+    """The name in [`~a.B`], a link that Hugging Face's documentation resolves."""
+    return shown_target(match["doc"])
 
 
 def shown_name(match: re.Match) -> str:
@@ -270,7 +286,7 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"(?!:[A-Za-z][\w:]{0,40}:`)(?P<content>[^`]{1,800})(?P=tick)",
         shown_role,
     ),
-    "doclink": (r"\[`(?P<doc>[^`\n]{1,200})`\](?:\([^()\s]{1,500}\))?", lambda m: shown_target(m["doc"])),
+    "doclink": (r"\[`(?P<doc>[^`\n]{1,200})`\](?:\([^()\s]{1,500}\))?", shown_doclink),
     "hyperlink": (r"(?<![`\w])`(?P<link>[^`]{1,500})`__?(?!\w)", shown_link),
     "anchor": (r"(?<!\w)_`(?P<anchor>[^`]{1,200})`(?!\w)", r"\g<anchor>"),
     "single": (r"(?<![`\w\\])`(?P<name>[^`\n]{1,200})`(?![`\w])", shown_name),
@@ -316,7 +332,9 @@ def inline(text: str, pad: bool = False) -> str:
 # -------------------------------------------------------------------------------------------------
 # Marks at the beginning of a line
 
-DOXYGEN = re.compile(r"^\s*[@\\](?:brief|details|param|tparam|returns?|throws?|exception)\b", re.M)
+DOXYGEN = re.compile(
+    r"^[ \t]*[@\\](?:brief|details|param|tparam|returns?|throws?|exception)\b", re.M
+)
 DOXYGEN_MARKS = [
     (r"^(\s*)[@\\](?:brief|details|short)\s+", r"\1"),
     (r"^(\s*)[@\\]t?param(?:\[[\w, ]*\])?\s+([\w.*]+)\s*[:-]?\s*", r"\1:param \2: "),
@@ -334,10 +352,12 @@ DOXYGEN_MARKS = [
     (r"\{@(?:link|code)\s+([^{}]{1,200})\}", r"\1"),
 ]
 MARKDOWN_MARKS = [
-    (r"^ {0,3}#{2,6} +(.*?)[ #]*$", r"\1"),
+    (r"^ {0,3}#{2,6} +", ""),
     (r"^\s*</?Tip(?: [^<>]*)?>\s*$", ""),
     (r"^\s*\[\[autodoc\]\].*$", ""),
 ]
+# A template's line that was to be filled in.
+PLACEHOLDERS = [(r"^\s*(%\([\w:]+\)s|\$?\{_?[A-Za-z]\w*\})\s*$", "")]
 
 
 def without_marks(line: str, marks: list[tuple[str, str]]) -> str:
@@ -381,7 +401,7 @@ def visible_text(docstring: str) -> str:
     """
     targets = set(TARGET.findall(docstring))
     definitions = dict(DEFINITION.findall(docstring))
-    marks = MARKDOWN_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
+    marks = PLACEHOLDERS + MARKDOWN_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
 
     def shown_paragraph(lines: list[str]) -> list[str]:
         text = "\n".join(without_marks(line, marks) for line in single_spaced(lines))
@@ -399,6 +419,7 @@ def visible_text(docstring: str) -> str:
         elif kind == "table":
             shown += [inline(line, pad=True).rstrip() for line in lines]
         else:
-            for is_text, paragraph in groupby(lines, bool):
-                shown += shown_paragraph(list(paragraph)) if is_text else paragraph
+            for is_text, group in groupby(lines, bool):
+                paragraph = list(group)
+                shown += shown_paragraph(paragraph) if is_text else paragraph
     return "\n".join(shown)
