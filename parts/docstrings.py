@@ -32,6 +32,7 @@ LICENCE = re.compile(
     re.IGNORECASE,
 )
 PLACEHOLDER = re.compile(r"%\([a-z]\w*\)s")
+PLACEHOLDER_TYPE = re.compile(r"^(\w+ ?: ?|-{3,})%\(\w+\)s", re.MULTILINE)
 CALL = re.compile(r"(\d+\. )?([\w.]+|[\w.]+\[[\w, ]*\])?\(")
 
 NAME = r"[\w.*&'\"]+(?:\[[^\n]{0,300}\])?"
@@ -80,13 +81,16 @@ def is_licence(text: str) -> bool:
     """Whether every paragraph speaks of a licence or of its authors."""
     if not LICENCE.search(text[:20_000]):
         return False
-    return all(LICENCE.search(paragraph) for paragraph in text[:20_000].split("\n\n"))
+    first_line = text.split("\n", 1)[0]
+    paragraphs = text[:20_000].split("\n\n")
+    return bool(LICENCE.search(first_line)) and all(map(LICENCE.search, paragraphs))
 
 
 def is_template(text: str) -> bool:
-    """Whether a placeholder stands in the summary, so that nobody knows what it is about."""
+    """Whether placeholders stand in the summary or for the parameters' types."""
     summary = text.split("\n\n", 1)[0]
-    return "``" not in summary and PLACEHOLDER.search(summary) is not None
+    in_summary = PLACEHOLDER.search(summary) and "``" not in summary
+    return bool(in_summary or PLACEHOLDER_TYPE.search(text))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -291,7 +295,6 @@ def shorten(found: list[Section], limit: int) -> str:
     """The sections that `limit` characters hold, those that teach most first, in their order.
 
     What stands before the first heading takes half of the limit at most, or what the others leave.
-    Of a section that does not fit, whole entries, paragraphs or examples are kept.
     """
     text = joined(found)
     if len(text) <= limit or len(found) == 1:
@@ -299,19 +302,35 @@ def shorten(found: list[Section], limit: int) -> str:
     kept, room = {}, limit
     others = sum(len(joined([section])) + 2 for section in found[1:])
     for n in sorted(range(len(found)), key=lambda n: found[n].rank):
-        lines = "\n".join(found[n].lines).strip("\n").split("\n")
-        part = "\n".join(lines)
-        if n == 0:
-            part = truncate(part, max(limit // 2, limit - others) - 2)
-        elif len(part) > room - 2:
-            part = (
-                whole_blocks(lines, whole_lines(lines, room - 2)) if room > LEAST_TRUNCATED else ""
-            )
+        if found[n].rank == SUMMARY:
+            part = truncate(joined([found[n]]), max(limit // 2, limit - others, 2) - 2)
+        else:
+            part = part_of(found[n], room - 2)
         if part:
-            n_blank = 2 if not found[n].lines[-1].strip() else 1
-            kept[n] = part + "\n" * n_blank
+            kept[n] = part + ("\n" if found[n].lines[-1].strip() else "\n\n")
             room -= len(kept[n])
     return "".join(kept[n] for n in sorted(kept)).strip()
+
+
+def part_of(section: Section, room: int) -> str:
+    """What `room` characters hold of a section: all, or whole entries, paragraphs or examples."""
+    text = "\n".join(section.lines).strip("\n")
+    if len(text) <= room:
+        return text
+    if room < LEAST_TRUNCATED:
+        return ""
+    lines = text.split("\n")
+    part = whole_blocks(lines, whole_lines(lines, room))
+    return without_introduction(part) if section.rank == EXAMPLES else part
+
+
+def without_introduction(examples: str) -> str:
+    """Doctests without the text at their end, which tells of an example that is not there."""
+    lines = examples.split("\n")
+    while ">>>" in examples and ">>>" not in examples.rpartition("\n\n")[2]:
+        n_kept = examples.rpartition("\n\n")[0].count("\n") + 1
+        examples = without_loose_end(lines, n_kept)
+    return examples
 
 
 # -------------------------------------------------------------------------------------------------

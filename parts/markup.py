@@ -61,12 +61,12 @@ CONTAINERS = words(
     "container figure only ifconfig tabs tab-set grid hlist autosummary compound list-table "
     "glossary legacy tags cssclass math-block epigraph highlights pull-quote"
 )
-DIRECTIVE = re.compile(r"( *)\.\. (?:\|[^|]+\| )?([A-Za-z][\w:.+-]{0,60}?) ?::(?:\s+(.*))?")
+DIRECTIVE = re.compile(r"( *)\.\. *(?:\|[^|]+\| )?([A-Za-z][\w:.+-]{0,60}?) ?::(?:\s+(.*))?")
 # One colon makes a comment of it, but everybody means the directive.
-MISTYPED = re.compile(rf"( *)\.\. ({'|'.join([*ADMONITIONS, *VERSIONS])}) ?:(?:\s+(.*))?", re.I)
+MISTYPED = re.compile(rf"( *)\.\. *({'|'.join([*ADMONITIONS, *VERSIONS])}) ?:(?:\s+(.*))?", re.I)
 OPTION = re.compile(r"\s+:[\w-]+:(\s|$)")
 VERSION = re.compile(r"(v?\d[\w.+-]*|\S+$)(?:[,:]?\s+(.*))?")
-NOTE_OR_CITATION = re.compile(r"( *)\.\. (\[[^\]\s]{1,60}\])(\s.*|$)")
+NOTE_OR_CITATION = re.compile(r"( *)\.\. ?\[#?([^\]\s]{1,60})\](\s.*|$)")
 COMMENT = re.compile(r" *(\.\.( .*)?|__ \S+)")
 FENCE = re.compile(r"\s*(```+)[^`]{0,80}")
 DOCTEST = re.compile(r"\s*(>>>|In \[\d+\]:)(\s|$)")
@@ -176,7 +176,7 @@ def read_explicit(lines: list[str], at: int) -> Read | None:
     """A footnote or citation, which is shown, or a target or comment, which is not."""
     note = NOTE_OR_CITATION.fullmatch(lines[at])
     if note:
-        return [Block("text", [f"{note[1]}[{note[2][1:-1].lstrip('#')}]{note[3]}"])], at + 1
+        return [Block("text", [f"{note[1]}[{note[2]}]{note[3]}"])], at + 1
     if not COMMENT.fullmatch(lines[at]):
         return None
     text = lines[at].strip()
@@ -187,13 +187,11 @@ def read_explicit(lines: list[str], at: int) -> Read | None:
 
 def read_literal(lines: list[str], at: int) -> Read | None:
     """A line that ends in `::`, with the code that it announces."""
-    text = lines[at].rstrip()
-    if not text.endswith("::"):
+    text = lines[at]
+    before = text[:-2].rstrip()
+    if not text.endswith("::") or before.endswith(":"):
         return None
     end = body_end(lines, at + 1, indent_of(text))
-    if end == at + 1:
-        return None
-    before = text[:-2].rstrip()
     shown = [] if not before else [text[:-1]] if before == text[:-2] else [before]
     return [Block("text", shown), Block("code", lines[at + 1 : end])], end
 
@@ -230,6 +228,7 @@ VERBATIM_ROLES = words(
 ROLE_PREFIXES = {
     "pep": "PEP ", "rfc": "RFC ", "cve": "CVE-", "cwe": "CWE-", "doi": "doi:", "arxiv": "arXiv:",
 }  # fmt: skip
+PRIVATE_MODULE = re.compile(r"\A_\w+\.(?=\w)")
 DOTTED = re.compile(r"[\w.]*")
 
 
@@ -244,7 +243,7 @@ def title_and_target(content: str) -> tuple[str, str]:
 def shown_target(target: str) -> str:
     """What Sphinx shows of a name to link to: the last part of `~a.B`; `.B.c` without its dot."""
     short = target.startswith("~") or target.startswith(".~")
-    target = target.lstrip("~!").lstrip(".").lstrip("~")
+    target = PRIVATE_MODULE.sub("", target.lstrip("~!").lstrip(".").lstrip("~"))
     name = DOTTED.match(target)[0]
     return (name.rstrip(".").rsplit(".", 1)[-1] if short else name) + target[len(name) :]
 
@@ -282,7 +281,7 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
     "url": (r"(?<!\w)(?:https?|ftp)://[^\s<>`\"')\]]{1,2000}", r"\g<0>"),
     "formula": (r"(?<![\\$\w])\$\$?[^$\n]{1,300}\$\$?(?!\w)", r"\g<0>"),
     "rolename": (
-        r"(?<![\w:])(?P<role>:(?:[A-Za-z][\w.+-]{0,40}:){1,3})(?P<tick>``?)"
+        r"(?<!:)(?P<role>:(?:[A-Za-z][\w.+-]{0,40}:){1,3})(?P<tick>``?)"
         r"(?!:[A-Za-z][\w:]{0,40}:`)(?P<content>[^`]{1,800})(?P=tick)",
         shown_role,
     ),
@@ -292,10 +291,10 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
     "single": (r"(?<![`\w\\])`(?P<name>[^`\n]{1,200})`(?![`\w])", shown_name),
     "image": (r"!\[[^\[\]\n]{0,200}\]\([^()\s]{1,500}\)", ""),
     "mdlink": (
-        r"(?<![\w\])])\[(?P<text>[^\[\]\n]{1,200})\]\((?:https?:|mailto:|\.{0,2}/|#)[^()\s]{0,500}\)",
+        r"(?<![\w\])])\[(?P<text>[^\[\]]{1,200})\]\((?:https?:|mailto:|\.{0,2}/|#)[^()\s]{0,500}\)",
         r"\g<text>",
     ),
-    "footnote": (r"\[#?(?P<note>[\w.:+-]{1,60}|\*|(?<=#))\]_(?!\w)", r"[\g<note>]"),
+    "footnote": (r"\[#?(?P<note>[\w.:+*#-]{1,60})\]_(?!\w)", r"[\g<note>]"),
     "strong": (
         r"(?<![\w*\\/])\*\*(?=[^\s*,)])(?P<strong>[^*\n]{1,200}?)(?<=[^\s\\(,])\*\*(?![\w*])",
         r"\g<strong>",
@@ -304,7 +303,7 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"(?<![\w*\\/.])\*(?=[\w\"'(<-])(?P<emphasis>[^*\n]{1,200}?)(?<=[^\s\\(,])\*(?![\w*])",
         r"\g<emphasis>",
     ),
-    "substitution": (r"(?<![\w|<\\`])\|(?P<substitution>[A-Za-z@][\w@.-]{2,60})\|(?![\w|>])",
+    "substitution": (r"(?<![\w|<\\`])\|(?P<substitution>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
         r"\g<substitution>"),
     "escape": (r"\\(?P<escaped>[*_`|])", r"\g<escaped>"),
     "seam": (r"(?<=[\w`*)\]}>])\\[ \n]\s*(?=\S)|\\ (?=[\w:`*])", ""),
@@ -351,10 +350,11 @@ DOXYGEN_MARKS = [
     (r"(?<![\w@\\])[@\\](?:c|p|a|e|em|b|ref)\s+(?=\w)", ""),
     (r"\{@(?:link|code)\s+([^{}]{1,200})\}", r"\1"),
 ]
-MARKDOWN_MARKS = [
+LINE_MARKS = [
     (r"^ {0,3}#{2,6} +", ""),
     (r"^\s*</?Tip(?: [^<>]*)?>\s*$", ""),
     (r"^\s*\[\[autodoc\]\].*$", ""),
+    (r"^:(?:meta|orphan|no-?index|nosearch)\b[^:]*:.*", ""),
 ]
 # A template's line that was to be filled in.
 PLACEHOLDERS = [(r"^\s*(%\([\w:]+\)s|\$?\{_?[A-Za-z]\w*\})\s*$", "")]
@@ -401,7 +401,7 @@ def visible_text(docstring: str) -> str:
     """
     targets = set(TARGET.findall(docstring))
     definitions = dict(DEFINITION.findall(docstring))
-    marks = PLACEHOLDERS + MARKDOWN_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
+    marks = PLACEHOLDERS + LINE_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
 
     def shown_paragraph(lines: list[str]) -> list[str]:
         text = "\n".join(without_marks(line, marks) for line in single_spaced(lines))
