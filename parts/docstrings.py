@@ -78,12 +78,10 @@ def closing_bracket(text: str, start: int) -> int | None:
 
 
 def is_licence(text: str) -> bool:
-    """Whether every paragraph speaks of a licence or of its authors."""
-    if not LICENCE.search(text[:20_000]):
+    """Whether a text begins with a licence or authors, and all its paragraphs speak of them."""
+    if not LICENCE.search(text.split("\n", 1)[0]):
         return False
-    first_line = text.split("\n", 1)[0]
-    paragraphs = text[:20_000].split("\n\n")
-    return bool(LICENCE.search(first_line)) and all(map(LICENCE.search, paragraphs))
+    return all(map(LICENCE.search, text[:20_000].split("\n\n")))
 
 
 def is_template(text: str) -> bool:
@@ -181,6 +179,11 @@ def without_loose_end(lines: list[str], n: int) -> str:
     return "\n".join(lines[:n]).rstrip()
 
 
+def without_colon(text: str) -> str:
+    """The text, without an end that announces what is not there, as an image may have been."""
+    return without_loose_end(text.split("\n"), text.count("\n") + 1) if text[-1:] == ":" else text
+
+
 def opens(lines: list[str], n: int) -> bool:
     """Whether line `n` is a heading, or what the next, deeper line tells more of."""
     if is_heading(lines, n) or n and is_heading(lines, n - 1):
@@ -251,7 +254,7 @@ def sections(text: str) -> list[Section]:
     found = [Section(SUMMARY, [])]
     indented = False  # whether the section ends where its indentation does
     for n, line in enumerate(lines):
-        title = line[:-1] if line.endswith(":") else ""
+        title = line[:-1] if line.endswith(":") and not line.startswith(" ") else ""
         field, named = rank_of_field(line), rank_of_title(title) if title else None
         if is_heading(lines, n):
             rank = rank_of_title(line)
@@ -271,20 +274,20 @@ def sections(text: str) -> list[Section]:
     return [section for section in found if section.lines]
 
 
+def has_body(section: Section) -> bool:
+    """Whether a section is more than its heading."""
+    return any(line.strip() and not UNDERLINE.fullmatch(line) for line in section.lines[1:])
+
+
 def without_empty_sections(found: list[Section]) -> list[Section]:
     """The sections without known headings whose text is gone, as a plot's or an index's may be."""
     kept = []
-    for n, section in enumerate(found):
-        heading = section.lines[0].rstrip(":")
-        body = [
-            line for line in section.lines[1:] if line.strip() and not UNDERLINE.fullmatch(line)
-        ]
-        is_last = (
-            n + 1 == len(found) or rank_of_title(found[n + 1].lines[0].rstrip(":")) is not None
-        )
-        if body or rank_of_title(heading) is None or not is_last:
+    for section in reversed(found):
+        known = rank_of_title(section.lines[0].rstrip(":")) is not None
+        followed = kept and rank_of_title(kept[-1].lines[0].rstrip(":")) is None
+        if has_body(section) or not known or followed:
             kept.append(section)
-    return kept
+    return kept[::-1]
 
 
 def joined(found: list[Section]) -> str:
@@ -309,6 +312,9 @@ def shorten(found: list[Section], limit: int) -> str:
         if part:
             kept[n] = part + ("\n" if found[n].lines[-1].strip() else "\n\n")
             room -= len(kept[n])
+    for n in sorted(kept, reverse=True):
+        if n + 1 not in kept and not has_body(found[n]) and is_heading(found[n].lines, 0):
+            del kept[n]  # a title above sections that are not kept
     return "".join(kept[n] for n in sorted(kept)).strip()
 
 
@@ -350,4 +356,5 @@ def clean(docstring: str, limit: int) -> str:
     text = re.sub(r"\n{3,}", "\n\n", text)
     if NOISE.fullmatch(text):
         return ""
-    return shorten(without_empty_sections(sections(text)), limit)
+    text = shorten(without_empty_sections(sections(text)), limit)
+    return without_colon(text) or text

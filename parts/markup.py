@@ -303,8 +303,10 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"(?<![\w*\\/.])\*(?=[\w\"'(<-])(?P<emphasis>[^*\n]{1,200}?)(?<=[^\s\\(,])\*(?![\w*])",
         r"\g<emphasis>",
     ),
-    "substitution": (r"(?<![\w|<\\`])\|(?P<substitution>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
-        r"\g<substitution>"),
+    "substitution": (
+        r"(?<![\w|<\\`])\|(?P<shown>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
+        r"\g<shown>",
+    ),
     "escape": (r"\\(?P<escaped>[*_`|])", r"\g<escaped>"),
     "seam": (r"(?<=[\w`*)\]}>])\\[ \n]\s*(?=\S)|\\ (?=[\w:`*])", ""),
 }  # fmt: skip
