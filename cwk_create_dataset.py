@@ -9,7 +9,6 @@ Writes train.jsonl, valid.jsonl and test.jsonl with one record a public object, 
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -18,7 +17,6 @@ import signal
 import sys
 import tempfile
 import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +31,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from tqdm import tqdm
 
 # Light ones: each process that reads a package imports them again.
+from parts import docstrings
 from parts.foreign import TookTooLong, describe
 from parts.package_modules import import_modules, names_of_distribution
 from parts.public_objects import documented_objects
@@ -84,7 +83,8 @@ def read_package(
     try:
         modules = import_modules(package, left_out, tell, module_seconds, deadline)
         found = documented_objects(package, modules, left_out, tell)
-        cleaned = [(name, path, clean(docstring)) for name, path, docstring in found]
+        clean = docstrings.clean if PREPROCESS else docstrings.truncate
+        cleaned = [(name, path, clean(docstring, SEQ_LIMIT)) for name, path, docstring in found]
         records = iter([(package, *record) for record in cleaned if record[-1]])
         while batch := list(islice(records, BATCH_SIZE)):
             tell("records", batch)
@@ -184,68 +184,6 @@ def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) 
         too_late = time.monotonic() > deadline or stopped.is_set()
         if current == package or handed_over or too_late:
             return skipped
-
-
-# -------------------------------------------------------------------------------------------------
-# Cleaning
-
-
-ROLE = re.compile(r":[\w:+.-]+:`([^`]*)`")
-# A directive, what stands after it, and its options.
-DIRECTIVE = re.compile(r"^( *)\.\. ([\w:-]+)::[ \t]*(.*)((?:\n\1 +:[\w-]+:.*)*)$", re.MULTILINE)
-SHOWN_AS = {"versionadded": "New in version", "versionchanged": "Changed in version"}
-SHOWN_AS |= {"deprecated": "Deprecated since version"}
-NOT_SHOWN = {"code", "code-block", "sourcecode", "highlight", "currentmodule", "module", "plot"}
-
-
-def clean(docstring: str) -> str:
-    """Make a docstring plain text, and no longer than SEQ_LIMIT.
-
-    reStructuredText roles and directives become the text that a reader sees; the summary is a
-    paragraph of its own; trailing space, runs of blank lines and memory addresses go.
-    """
-    if PREPROCESS:
-        text = ROLE.sub(lambda match: visible(match[1]), docstring)
-        text = DIRECTIVE.sub(shown, text)
-        text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # another at each run
-        text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
-        text = re.sub(r"\A([^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)
-        docstring = re.sub(r"\n{3,}", "\n\n", text).strip()
-    return cut(docstring, SEQ_LIMIT)
-
-
-def visible(target: str) -> str:
-    """What Sphinx shows of a role's content: the title of `title <target>`, the end of `~a.b`."""
-    title = re.fullmatch(r"(.*?)\s*<[^>]*>", target, re.DOTALL)
-    if title:
-        return title[1]
-    return target.rsplit(".", 1)[-1] if target.startswith("~") else target.lstrip("!")
-
-
-def shown(directive: re.Match) -> str:
-    """The text that a reader sees of a directive's line."""
-    indent, name, argument, _ = directive.groups()
-    if name in NOT_SHOWN:
-        return ""
-    return f"{indent}{SHOWN_AS[name]} {argument}" if name in SHOWN_AS else f"{indent}{argument}"
-
-
-def cut(text: str, limit: int) -> str:
-    """The text, or what of it `limit` takes: whole paragraphs or lines if they are half as much,
-    else whole words or characters. A doctest line stays whole.
-    """
-    if len(text) <= limit:
-        return text
-    head = text[: limit + 1]
-    in_doctest = head.rsplit("\n", 1)[-1].lstrip().startswith((">>>", "..."))
-    least = 0 if in_doctest else limit / 2
-    for end, least_kept in (("\n\n", least), ("\n", least), (" ", math.inf if in_doctest else 0)):
-        at = head.rfind(end)
-        if at > least_kept:
-            return head[:at].rstrip()
-    while limit and unicodedata.combining(text[limit]):
-        limit -= 1
-    return text[:limit]
 
 
 # -------------------------------------------------------------------------------------------------

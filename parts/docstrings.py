@@ -20,7 +20,7 @@ NOISE = re.compile(
     r"|\W*(todo|tbd|fixme|wip|undocumented|docstring|none|placeholder|overloaded function)?\W*"
     r"|(no|missing|todo:? (add|write)) (doc(string|umentation|s)?)( (available|yet|provided))*\W*"
     r"|(see|inherited from|inherit(s|ed)?( docs?)?( from)?|overrid(es|den)?( from)?) "
-    r"(the )?(base|parent|super) ?class('s)?( (docs?|docstring|documentation|method))?( for .*)?\W*"
+    r"(the )?(base|parent|super) ?class('s)?( (docs?|docstring|documentation|method))?( for \w+)?\W*"
     r"|\{?@?inheritdoc\}?",
     re.IGNORECASE | re.DOTALL,
 )

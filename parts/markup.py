@@ -116,7 +116,7 @@ def read_doctest(lines: list[str], at: int) -> Read | None:
 def read_table(lines: list[str], at: int) -> Read | None:
     """A table, whose columns stay aligned."""
     if SIMPLE_TABLE.fullmatch(lines[at]):
-        for end in range(at + 2, min(at + 100, len(lines))):
+        for end in range(at + 2, min(at + 60, len(lines))):
             closed = end + 1 == len(lines) or not lines[end + 1].strip()
             if closed and SIMPLE_TABLE.fullmatch(lines[end]):
                 return [Block("table", lines[at : end + 1])], end + 1
@@ -277,7 +277,7 @@ def shown_name(match: re.Match) -> str:
 
 # Each kind: a pattern, and what is shown of it. The first that matches wins.
 INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
-    "literal": (r"(?<!`)``(?=[^`\s])(?:[^`]|`(?!`)){1,1000}``(?!`)", r"\g<0>"),
+    "literal": (r"(?<!`)``(?=[^`\s])(?:[^`]|`(?!`)){1,1000}`?``(?!`)", r"\g<0>"),
     "url": (r"(?<!\w)(?:https?|ftp)://[^\s<>`\"')\]]{1,2000}", r"\g<0>"),
     "formula": (r"(?<![\\$\w])\$\$?[^$\n]{1,300}\$\$?(?!\w)", r"\g<0>"),
     "rolename": (
@@ -333,10 +333,17 @@ def inline(text: str, pad: bool = False) -> str:
 # -------------------------------------------------------------------------------------------------
 # Marks at the beginning of a line
 
+Marks = list[tuple[re.Pattern, str]]  # each pattern with what is shown of it
+
+
+def marks(*pairs: tuple[str, str]) -> Marks:
+    return [(re.compile(pattern), shown) for pattern, shown in pairs]
+
+
 DOXYGEN = re.compile(
     r"^[ \t]*[@\\](?:brief|details|param|tparam|returns?|throws?|exception)\b", re.M
 )
-DOXYGEN_MARKS = [
+DOXYGEN_MARKS = marks(
     (r"^(\s*)[@\\](?:brief|details|short)\s+", r"\1"),
     (r"^(\s*)[@\\]t?param(?:\[[\w, ]*\])?\s+([\w.*]+)\s*[:-]?\s*", r"\1:param \2: "),
     (r"^(\s*)[@\\]type\s+([\w.*]+)\s*[:-]?\s*", r"\1:type \2: "),
@@ -351,20 +358,20 @@ DOXYGEN_MARKS = [
     (r"^\s*[@\\](?:end)?(?:code|verbatim)\b.*", ""),
     (r"(?<![\w@\\])[@\\](?:c|p|a|e|em|b|ref)\s+(?=\w)", ""),
     (r"\{@(?:link|code)\s+([^{}]{1,200})\}", r"\1"),
-]
-LINE_MARKS = [
+)
+LINE_MARKS = marks(
     (r"^ {0,3}#{2,6} +", ""),
     (r"^\s*</?Tip(?: [^<>]*)?>\s*$", ""),
     (r"^\s*\[\[autodoc\]\].*$", ""),
     (r"^:(?:meta|orphan|no-?index|nosearch)\b[^:]*:.*", ""),
-]
+)
 # A template's line that was to be filled in.
-PLACEHOLDERS = [(r"^\s*(%\([\w:]+\)s|\$?\{_?[A-Za-z]\w*\})\s*$", "")]
+PLACEHOLDERS = marks((r"^\s*(%\([\w:]+\)s|\$?\{_?[A-Za-z]\w*\})\s*$", ""))
 
 
-def without_marks(line: str, marks: list[tuple[str, str]]) -> str:
+def without_marks(line: str, marks: Marks) -> str:
     for pattern, shown in marks:
-        line = re.sub(pattern, shown, line)
+        line = pattern.sub(shown, line)
     return line
 
 
@@ -372,6 +379,8 @@ def without_marks(line: str, marks: list[tuple[str, str]]) -> str:
 # The text
 
 RUN = re.compile(r"(?<=\S) {3,}(?=\S)")
+ANY_MARK = re.compile(r"[^\w\s.,;()'\"?!/-]|_(?!\w)|---|   |http")
+OVERLINE = re.compile(r"([=~*#^-])\1{2,}")
 TARGET = re.compile(r"^ *\.\. _`?([\w][\w .-]{0,80})`?:(?: |$)", re.MULTILINE)
 REFERENCE = re.compile(r"(?<![\w`])([A-Za-z][\w-]{0,80})_(?!\w)")
 DEFINITION = re.compile(r"^ *\.\. \|([^|\n]{1,80})\| replace:: *(.*)$", re.MULTILINE)
@@ -403,10 +412,14 @@ def visible_text(docstring: str) -> str:
     """
     targets = set(TARGET.findall(docstring))
     definitions = dict(DEFINITION.findall(docstring))
-    marks = PLACEHOLDERS + LINE_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
+    line_marks = PLACEHOLDERS + LINE_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
 
     def shown_paragraph(lines: list[str]) -> list[str]:
-        text = "\n".join(without_marks(line, marks) for line in single_spaced(lines))
+        if not ANY_MARK.search("\n".join(lines)):
+            return lines
+        if len(lines) >= 3 and lines[0] == lines[2] and OVERLINE.fullmatch(lines[0]):
+            lines = lines[1:]
+        text = "\n".join(without_marks(line, line_marks) for line in single_spaced(lines))
         text = SUBSTITUTION.sub(lambda match: definitions.get(match[1], match[0]), text)
         if targets:
             text = REFERENCE.sub(lambda m: m[1] if m[1] in targets else m[0], text)

@@ -245,45 +245,6 @@ def test_a_module_that_cannot_be_imported_is_named_and_costs_no_other(tmp_path):
     assert "skipped lib.leaves: SystemExit: 3" in process.stdout
 
 
-@pytest.mark.parametrize(
-    ("docstring", "cleaned"),
-    [
-        ("See :func:`relu`.", "See relu."),
-        ("See :py:class:`~mlx.nn.ReLU` and :ref:`this page <usage>`.", "See ReLU and this page."),
-        ("Sum.\n\n.. math::\n\n    a + b\n", "Sum.\n\n    a + b"),
-        (".. note:: Slow.\n\n>>> f(1)\n2", "Slow.\n\n>>> f(1)\n2"),
-        ("One.   \n\n\n\nTwo ``x`` and `y`.", "One.\n\nTwo ``x`` and `y`."),
-        ("Summary.\n    More of it.", "Summary.\n\nMore of it."),
-        ("Calls <function f at 0x7f03ab>.", "Calls <function f>."),
-        (".. code-block:: python\n   :linenos:\n\n   f(x)", "f(x)"),
-        ("Text.\n\n.. versionadded:: 1.2", "Text.\n\nNew in version 1.2"),
-        ("A.\n\n  .. versionadded:: 1\n  :returns: x", "A.\n\n  New in version 1\n  :returns: x"),
-        (".. currentmodule:: mlx", ""),
-    ],
-)
-def test_docstrings_are_cleaned(docstring, cleaned):
-    assert dataset.clean(docstring) == cleaned
-
-
-@pytest.mark.parametrize(
-    ("text", "limit", "expected"),
-    [
-        ("One two.\n\nThree four.", 100, "One two.\n\nThree four."),
-        ("One two.\n\nThree four.", 15, "One two."),
-        ("One two\nThree four", 15, "One two\nThree"),
-        ("One two\nThree four", 12, "One two"),
-        ("One two three", 9, "One two"),
-        ("One two", 7, "One two"),
-        ("Onetwothree", 4, "Onet"),
-        ("One.\n\nTwo three four five six.", 22, "One.\n\nTwo three four"),
-        ("Text.\n>>> f(1, 2)\n3", 14, "Text."),
-        ("cafe\u0301s", 4, "caf"),
-    ],
-)
-def test_long_docstrings_are_cut_between_paragraphs_lines_or_words(text, limit, expected):
-    assert dataset.cut(text, limit) == expected
-
-
 TROUBLE = {
     "raises": "raise RuntimeError('on purpose')",
     "leaves": "import sys; sys.exit('bye')",
@@ -325,7 +286,7 @@ class Kind(type):
     def __name__(cls):
         raise RuntimeError('on purpose')
 class Nameless(metaclass=Kind):
-    'Kind(x) -> None'
+    'Kind(x) makes one.'
 """,
 }
 NEVER = dict.fromkeys(["__main__", "conftest", "tests", "test_it"], "import os; os._exit(9)")
@@ -367,7 +328,7 @@ def test_modules_that_misbehave_cost_no_other_and_are_named(tmp_path, mlx_data, 
     texts = {text for file in read(tmp_path / "data").values() for text in file}
     assert {text for file in read(mlx_data).values() for text in file} < texts
     assert {text for text in texts if "troubled" in text} == {
-        "Q: What is Nameless in troubled?\nA: troubled.nameless.Nameless Kind(x) -> None",
+        "Q: What is Nameless in troubled?\nA: troubled.nameless.Nameless Kind(x) makes one.",
         *(
             f"Q: What is {n}.work in troubled?\nA: troubled.{n}.work Works in {n}."
             for n in HARMLESS
