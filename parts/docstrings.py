@@ -20,7 +20,8 @@ NOISE = re.compile(
     r"|\W*(todo|tbd|fixme|wip|undocumented|docstring|none|placeholder|overloaded function)?\W*"
     r"|(no|missing|todo:? (add|write)) (doc(string|umentation|s)?)( (available|yet|provided))*\W*"
     r"|(see|inherited from|inherit(s|ed)?( docs?)?( from)?|overrid(es|den)?( from)?) "
-    r"(the )?(base|parent|super) ?class('s)?( (docs?|docstring|documentation|method))?( for \w+)?\W*"
+    r"(the )?(base|parent|super) ?class('s)?( (docs?|docstring|documentation|method))?"
+    r"( for \w+)?\W*"
     r"|\{?@?inheritdoc\}?",
     re.IGNORECASE | re.DOTALL,
 )
@@ -350,9 +351,9 @@ def clean(docstring: str, limit: int) -> str:
     """
     if is_noise(docstring):
         return ""
-    text = textwrap.dedent(visible_text(docstring)).strip()
+    text = re.sub(r"\A((?!\.\.)[^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", docstring)  # a summary
+    text = textwrap.dedent(visible_text(text)).strip()
     text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # an address is another at each run
-    text = re.sub(r"\A([^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)  # the summary is a paragraph
     text = re.sub(r"\n{3,}", "\n\n", text)
     if NOISE.fullmatch(text):
         return ""
