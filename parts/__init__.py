@@ -5,6 +5,9 @@ with (all but near_copies) imports neither MLX nor NumPy.
 
 foreign           looking at the objects of other packages, which may run any code or never return
 package_modules   the modules of a package, imported, and what was installed with it
+docstrings        a docstring made fit to learn from: sections, truncation, noise
+markup            what a reader sees of a docstring's markup
+inline_markup     roles, links, emphasis, escapes: the marks inside a paragraph
 public_objects    every public object of a package, under the name that a user types
 near_copies       which texts are too alike to be trained on and tested
 """

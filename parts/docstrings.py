@@ -97,7 +97,10 @@ def is_template(text: str) -> bool:
 
 UNDERLINE = re.compile(r"\s*([-=~^\"'#*+`.])\1{2,}")
 DOCTEST_INPUT = re.compile(r"\s*(>>>|\.\.\.)( |$)")
-ITEM = re.compile(r"\s*([-*+•] |\(?\w{1,2}[.)] |:\w[^:]{0,80}:( |$))")
+# An item of a list, a field, an entry `name (type): text`.
+ITEM = re.compile(
+    r"\s*([-*+•] |\(?\w{1,2}[.)] |:\w[^:]{0,80}:( |$)|\*{0,2}\w+( or \w+)?( \([^()]{0,99}\))?: )"
+)
 SENTENCE_END = re.compile(r"(?<![.\s(][a-z])(?<!\bcf)(?<!\bvs)(?<!\betc)[.!?][)\"'`]{0,2}(?=\s)")
 
 

@@ -6,14 +6,16 @@ the plain text that people know.
 
 The text is read twice. `blocks` goes over its lines and tells text from what is left alone (code,
 doctests, formulas) and from tables; it resolves what fills lines: directives, fences, comments,
-definitions. `inline` then replaces the marks inside a paragraph: roles, links, emphasis, escapes.
-Every pattern is bounded, so that the time grows with the length of the text alone.
+definitions. `inline_markup` then replaces the marks inside a paragraph. Every search is bounded, so
+that the time grows with the length of the text alone.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
+
+from parts.inline_markup import inline
 
 # -------------------------------------------------------------------------------------------------
 # Lines
@@ -24,10 +26,6 @@ class Block(NamedTuple):
 
     kind: str
     lines: list[str]
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 Read = tuple[list[Block], int]  # what a reader makes of the lines, and the first line after it
@@ -44,23 +42,26 @@ VERSIONS = {
     "deprecated": "Deprecated since version",
 }
 # Their content is shown as it is written.
-CODE = words(
-    "code code-block sourcecode doctest testcode testoutput prompt parsed-literal ipython plot "
-    "jupyter-execute doctest-skip doctest-requires doctest-remote-data math productionlist"
-)
+CODE = {
+    "code", "code-block", "sourcecode", "doctest", "testcode", "testoutput", "prompt",
+    "parsed-literal", "ipython", "plot", "jupyter-execute", "doctest-skip", "doctest-requires",
+    "doctest-remote-data", "math", "productionlist",
+}  # fmt: skip
 # Neither argument nor content is shown.
-HIDDEN = words(
-    "include literalinclude image toctree index raw meta highlight highlightlang module "
-    "currentmodule py:module py:currentmodule default-role role default-domain tabularcolumns "
-    "todo todolist testsetup testcleanup doctest-skip-all graphviz digraph graph uml mermaid "
-    "inheritance-diagram minigallery bibliography footbibliography contents sectnum "
-    "moduleauthor sectionauthor codeauthor automodule rst-class comment target-notes"
-)
+HIDDEN = {
+    "include", "literalinclude", "image", "toctree", "index", "raw", "meta", "highlight",
+    "highlightlang", "module", "currentmodule", "py:module", "py:currentmodule", "default-role",
+    "role", "default-domain", "tabularcolumns", "todo", "todolist", "testsetup", "testcleanup",
+    "doctest-skip-all", "graphviz", "digraph", "graph", "uml", "mermaid", "inheritance-diagram",
+    "minigallery", "bibliography", "footbibliography", "contents", "sectnum", "moduleauthor",
+    "sectionauthor", "codeauthor", "automodule", "rst-class", "comment", "target-notes",
+}  # fmt: skip
 # The content is shown, the argument is not.
-CONTAINERS = words(
-    "container figure only ifconfig tabs tab-set grid hlist autosummary compound list-table "
-    "glossary legacy tags cssclass math-block epigraph highlights pull-quote"
-)
+CONTAINERS = {
+    "container", "figure", "only", "ifconfig", "tabs", "tab-set", "grid", "hlist",
+    "autosummary", "compound", "list-table", "glossary", "legacy", "tags", "cssclass",
+    "math-block", "epigraph", "highlights", "pull-quote",
+}  # fmt: skip
 DIRECTIVE = re.compile(r"( *)\.\. *(?:\|[^|]+\| )?([A-Za-z][\w:.+-]{0,60}?) ?::(?:\s+(.*))?")
 # One colon makes a comment of it, but everybody means the directive.
 MISTYPED = re.compile(rf"( *)\.\. *({'|'.join([*ADMONITIONS, *VERSIONS])}) ?:(?:\s+(.*))?", re.I)
@@ -217,120 +218,6 @@ def blocks(lines: list[str]) -> Iterator[Block]:
 
 
 # -------------------------------------------------------------------------------------------------
-# Inside a line
-
-# Roles whose content is shown as it is written; of others, `title <target>` shows the title.
-VERBATIM_ROLES = words(
-    "math code kbd samp file command dfn guilabel menuselection mimetype newsgroup program regexp "
-    "sub sup abbr strong emphasis literal makevar manpage mailheader index title t raw eq "
-    "subscript superscript title-reference"
-)
-ROLE_PREFIXES = {
-    "pep": "PEP ", "rfc": "RFC ", "cve": "CVE-", "cwe": "CWE-", "doi": "doi:", "arxiv": "arXiv:",
-}  # fmt: skip
-PRIVATE_MODULE = re.compile(r"\A_\w+\.(?=\w)")
-DOTTED = re.compile(r"[\w.]*")
-
-
-def title_and_target(content: str) -> tuple[str, str]:
-    """The two parts of `title <target>`; an empty title where there is none."""
-    title, bracket, target = content.rpartition("<")
-    if not bracket or not target.endswith(">") or title.endswith("\\"):
-        return "", content
-    return title.strip(), target[:-1]
-
-
-def shown_target(target: str) -> str:
-    """What Sphinx shows of a name to link to: the last part of `~a.B`; `.B.c` without its dot."""
-    short = target.startswith("~") or target.startswith(".~")
-    target = PRIVATE_MODULE.sub("", target.lstrip("~!").lstrip(".").lstrip("~"))
-    name = DOTTED.match(target)[0]
-    return (name.rstrip(".").rsplit(".", 1)[-1] if short else name) + target[len(name) :]
-
-
-def shown_role(match: re.Match) -> str:
-    name, content = match["role"].rstrip(":").rsplit(":", 1)[-1].lower(), match["content"]
-    if name in VERBATIM_ROLES:
-        return content
-    title, _ = title_and_target(content)
-    if title:
-        return title
-    return ROLE_PREFIXES.get(name, "") + shown_target(content.strip())
-
-
-def shown_link(match: re.Match) -> str:
-    """The text of `text <url>`_, `text`_ or `<url>`_."""
-    title, target = title_and_target(match["link"].strip())
-    return title or target
-
-
-def shown_doclink(match: re.Match) -> str:
-    """The name in [`~a.B`], a link that Hugging Face's documentation resolves."""
-    return shown_target(match["doc"])
-
-
-def shown_name(match: re.Match) -> str:
-    """A name in single backticks stays as it is, save that `~a.B` is what Sphinx shows as B."""
-    name = match["name"]
-    return shown_target(name) if re.fullmatch(r"[~.]+[A-Za-z_][\w.]*(\(\))?", name) else match[0]
-
-
-# Each kind: a pattern, and what is shown of it. The first that matches wins.
-INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
-    "literal": (r"(?<!`)``(?=[^`\s])(?:[^`]|`(?!`)){1,1000}`?``(?!`)", r"\g<0>"),
-    "url": (r"(?<!\w)(?:https?|ftp)://[^\s<>`\"')\]]{1,2000}", r"\g<0>"),
-    "formula": (r"(?<![\\$\w])\$\$?[^$\n]{1,300}\$\$?(?!\w)", r"\g<0>"),
-    "rolename": (
-        r"(?<!:)(?P<role>:(?:[A-Za-z][\w.+-]{0,40}:){1,3})(?P<tick>``?)"
-        r"(?!:[A-Za-z][\w:]{0,40}:`)(?P<content>[^`]{1,800})(?P=tick)",
-        shown_role,
-    ),
-    "doclink": (r"\[`(?P<doc>[^`\n]{1,200})`\](?:\([^()\s]{1,500}\))?", shown_doclink),
-    "hyperlink": (r"(?<![`\w])`(?P<link>[^`]{1,500})`__?(?!\w)", shown_link),
-    "anchor": (r"(?<!\w)_`(?P<anchor>[^`]{1,200})`(?!\w)", r"\g<anchor>"),
-    "single": (r"(?<![`\w\\])`(?P<name>[^`\n]{1,200})`(?![`\w])", shown_name),
-    "image": (r"!\[[^\[\]\n]{0,200}\]\([^()\s]{1,500}\)", ""),
-    "mdlink": (
-        r"(?<![\w\])])\[(?P<text>[^\[\]]{1,200})\]\((?:https?:|mailto:|\.{0,2}/|#)[^()\s]{0,500}\)",
-        r"\g<text>",
-    ),
-    "footnote": (r"\[#?(?P<note>[\w.:+*#-]{1,60})\]_(?!\w)", r"[\g<note>]"),
-    "strong": (
-        r"(?<![\w*\\/])\*\*(?=[^\s*,)])(?P<strong>[^*\n]{1,200}?)(?<=[^\s\\(,])\*\*(?![\w*])",
-        r"\g<strong>",
-    ),
-    "emphasis": (
-        r"(?<![\w*\\/.])\*(?=[\w\"'(<-])(?P<emphasis>[^*\n]{1,200}?)(?<=[^\s\\(,])\*(?![\w*])",
-        r"\g<emphasis>",
-    ),
-    "substitution": (
-        r"(?<![\w|<\\`])\|(?P<shown>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
-        r"\g<shown>",
-    ),
-    "escape": (r"\\(?P<escaped>[*_`|])", r"\g<escaped>"),
-    "seam": (r"(?<=[\w`*)\]}>])\\[ \n]\s*(?=\S)|\\ (?=[\w:`*])", ""),
-}  # fmt: skip
-PATTERN = re.compile(
-    r"(?=[`:_!\[*|\\$hf])(?:"
-    + "|".join(f"(?P<k_{kind}>{pattern})" for kind, (pattern, _) in INLINE.items())
-    + ")"
-)
-
-NESTED = re.compile(r"(?<!\w):[a-z:]{1,40}:`")
-
-
-def inline(text: str, pad: bool = False) -> str:
-    """Replace the marks inside a paragraph; `pad` keeps the columns of a table."""
-
-    def shown(match: re.Match) -> str:
-        seen = INLINE[match.lastgroup.removeprefix("k_")][1]
-        result = seen(match) if callable(seen) else match.expand(seen)
-        return result.ljust(len(match[0])) if pad else result
-
-    return PATTERN.sub(shown, text)
-
-
-# -------------------------------------------------------------------------------------------------
 # Marks at the beginning of a line
 
 Marks = list[tuple[re.Pattern, str]]  # each pattern with what is shown of it
@@ -378,6 +265,7 @@ def without_marks(line: str, marks: Marks) -> str:
 # -------------------------------------------------------------------------------------------------
 # The text
 
+DOCTEST_FLAG = re.compile(r"(?<=\S) *# *doctest: *[+-]\w.*")  # Sphinx does not show it
 RUN = re.compile(r"(?<=\S) {3,}(?=\S)")
 ANY_MARK = re.compile(r"[^\w\s.,;()'\"?!/-]|_(?!\w)|---|   |http")
 OVERLINE = re.compile(r"([=~*#^-])\1{2,}")
@@ -410,6 +298,7 @@ def visible_text(docstring: str) -> str:
 
     The source's layout stays; code, doctests and formulas stay as they are.
     """
+    source = [line.rstrip() for line in docstring.split("\n")]
     targets = set(TARGET.findall(docstring))
     definitions = dict(DEFINITION.findall(docstring))
     line_marks = PLACEHOLDERS + LINE_MARKS + (DOXYGEN_MARKS if DOXYGEN.search(docstring) else [])
@@ -423,14 +312,13 @@ def visible_text(docstring: str) -> str:
         text = SUBSTITUTION.sub(lambda match: definitions.get(match[1], match[0]), text)
         if targets:
             text = REFERENCE.sub(lambda m: m[1] if m[1] in targets else m[0], text)
-        text = inline(text)
-        return (inline(text) if NESTED.search(text) else text).split("\n")
+        return inline(text).split("\n")
 
     shown = []
-    for kind, found in groupby(blocks(docstring.split("\n")), lambda block: block.kind):
+    for kind, found in groupby(blocks(source), lambda block: block.kind):
         lines = [line.rstrip() for block in found for line in block.lines]
         if kind == "code":
-            shown += lines
+            shown += [DOCTEST_FLAG.sub("", line) for line in lines]
         elif kind == "table":
             shown += [inline(line, pad=True).rstrip() for line in lines]
         else:

@@ -1,4 +1,4 @@
-"""parts/docstrings.py and parts/markup.py: docstrings as plain text that is fit to learn from."""
+"""Docstrings as plain text fit to learn from: parts/docstrings.py with its two parts for markup."""
 
 import inspect
 import subprocess
@@ -130,6 +130,10 @@ def test_code_stays_as_it_is(docstring):
     assert code[0] in clean(docstring)
 
 
+def test_flags_of_doctests_are_not_shown():
+    assert clean("A.\n\n>>> f(1)  # doctest: +SKIP\n2") == "A.\n\n>>> f(1)\n2"
+
+
 def test_a_table_keeps_its_columns():
     table = "A.\n\n====== ====\n:a:`x` B C\n**y**  two\n====== ===="
     assert clean(table) == "A.\n\n====== ====\nx      B C\ny      two\n====== ===="
@@ -212,6 +216,11 @@ def test_long_docstrings_are_truncated_between_paragraphs_lines_or_words(text, l
         ("First paragraph here.\n\nNotes\n-----\nText", 36, "First paragraph here."),
         ("The first text of it.\n\nx : int\n    Its x.", 36, "The first text of it."),
         (">>> a\n1\n>>> b\n2\n>>> c\n33333", 22, ">>> a\n1\n>>> b\n2"),
+        (
+            "Args:\n  a (int, b): first\n  b: second\n  c: third",
+            37,
+            "Args:\n  a (int, b): first\n  b: second",
+        ),
         ("One sentence is here. Another one is longer.", 40, "One sentence is here."),
         ("- the first item\n- the second\n  item is longer", 31, "- the first item"),
     ],
