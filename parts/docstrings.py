@@ -17,7 +17,8 @@ from parts.markup import indent_of, visible_text
 # A whole docstring that says nothing, or nothing of the object.
 NOISE = re.compile(
     r"alias for field number \d+"
-    r"|\W*(todo|tbd|fixme|wip|undocumented|docstring|none|placeholder|overloaded function)?\W*"
+    r"|\W*(todo|tbd|fixme|wip|undocumented|docstring|none|placeholder|overloaded function"
+    r"|deprecated|internal|private|not implemented( yet)?)?\W*"
     r"|(no|missing|todo:? (add|write)) (doc(string|umentation|s)?)( (available|yet|provided))*\W*"
     r"|(see|inherited from|inherit(s|ed)?( docs?)?( from)?|overrid(es|den)?( from)?) "
     r"(the )?(base|parent|super) ?class('s)?( (docs?|docstring|documentation|method))?"
@@ -28,11 +29,14 @@ NOISE = re.compile(
 LICENCE = re.compile(
     r"copyright\W+(\(c\)|©|\d|by\b|the\b)|^:?licen[cs]e:|all rights reserved|spdx-license-"
     r"|licensed under|permission is hereby granted|redistribution and use in source"
-    r"|without warrant|\"as is\"|permission notice shall be|^the (mit|bsd|apache)\b.* licen[cs]e"
-    r"|^(mit|bsd|apache)\b.{0,20} licen[cs]e|^:?authors?:|terms of the",
+    r"|^(the )?(mit|bsd|apache)\b.{0,20} licen[cs]e",
     re.IGNORECASE,
 )
-PLACEHOLDER = re.compile(r"%\([a-z]\w*\)s")
+LICENCE_TERMS = re.compile(
+    rf"{LICENCE.pattern}|without warrant|\"as is\"|permission notice shall|^:?authors?:|terms of",
+    re.IGNORECASE,
+)
+PLACEHOLDER = re.compile(r"(?<!['\"`])%\([a-z]\w*\)s")
 PLACEHOLDER_TYPE = re.compile(r"^(\w+ ?: ?|-{3,})%\(\w+\)s", re.MULTILINE)
 CALL = re.compile(r"(\d+\. )?([\w.]+|[\w.]+\[[\w, ]*\])?\(")
 
@@ -49,8 +53,13 @@ def is_noise(docstring: str) -> bool:
     named tuples say of their fields, and words such as "TODO".
     """
     text = docstring.strip()
-    said = NOISE.fullmatch(text) is None
-    return not said or is_signature(text) or is_licence(text) or is_template(text)
+    return says_nothing(text) or is_signature(text) or is_licence(text) or is_template(text)
+
+
+def says_nothing(text: str) -> bool:
+    """Whether a text has no letter, or only words such as "TODO"."""
+    has_letter = any(map(str.isalpha, text))
+    return not has_letter or len(text) < 200 and NOISE.fullmatch(text) is not None
 
 
 def is_signature(text: str) -> bool:
@@ -79,17 +88,16 @@ def closing_bracket(text: str, start: int) -> int | None:
 
 
 def is_licence(text: str) -> bool:
-    """Whether a text begins with a licence or authors, and all its paragraphs speak of them."""
+    """Whether a text begins with a licence, and all its paragraphs speak of it."""
     if not LICENCE.search(text.split("\n", 1)[0]):
         return False
-    return all(map(LICENCE.search, text[:20_000].split("\n\n")))
+    return all(map(LICENCE_TERMS.search, text[:20_000].split("\n\n")))
 
 
 def is_template(text: str) -> bool:
     """Whether placeholders stand in the summary or for the parameters' types."""
     summary = text.split("\n\n", 1)[0]
-    in_summary = PLACEHOLDER.search(summary) and "``" not in summary
-    return bool(in_summary or PLACEHOLDER_TYPE.search(text))
+    return bool(PLACEHOLDER.search(summary) or PLACEHOLDER_TYPE.search(text))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -358,7 +366,7 @@ def clean(docstring: str, limit: int) -> str:
     text = textwrap.dedent(visible_text(text)).strip()
     text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # an address is another at each run
     text = re.sub(r"\n{3,}", "\n\n", text)
-    if NOISE.fullmatch(text):
+    if says_nothing(text):
         return ""
     text = shorten(without_empty_sections(sections(text)), limit)
     return without_colon(text) or text

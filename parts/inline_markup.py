@@ -97,7 +97,8 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"\g<shown>",
     ),
     "escape": (r"\\(?P<escaped>[*_`|])", r"\g<escaped>"),
-    "seam": (r"(?<=[\w`*)\]}>])\\[ \n]\s*(?=\S)|\\ (?=[\w:`*])", ""),
+    "continued": (r"\\\n\s*(?=\S)", ""),
+    "seam": (r"(?<=[\w`*)\]}>])\\ (?=\S)|\\ (?=[\w:`*])", ""),
 }  # fmt: skip
 PATTERN = re.compile(
     r"(?=[`:_!\[*|\\$hf])(?:"

@@ -160,11 +160,11 @@ def read_directive(lines: list[str], at: int) -> Read | None:
 
 def label(lines: list[str], start: int, indent: str, name: str, text: str) -> Read:
     """A label before its text: `name: text`, or on a line of its own above a list or code."""
-    first = next((n for n in range(start, len(lines)) if lines[n].strip()), None)
-    has_body = first is not None and indent_of(lines[first]) > len(indent)
     if text:  # read again, since it may announce code
         lines[start - 1] = f"{indent}{name}: {text}"
         return [], start - 1
+    first = next((n for n in range(start, len(lines)) if lines[n].strip()), None)
+    has_body = first is not None and indent_of(lines[first]) > len(indent)
     if has_body and not NO_PROSE.match(lines[first]) and not lines[first].endswith("::"):
         return [Block("text", [f"{indent}{name}: {lines[first].strip()}"])], first + 1
     if has_body:
@@ -197,6 +197,7 @@ def read_literal(lines: list[str], at: int) -> Read | None:
     return [Block("text", shown), Block("code", lines[at + 1 : end])], end
 
 
+MARKED = re.compile(r"\s*(```|>>>|In \[|\.\.|__ |[=+|])|.*::$")  # what a reader may begin with
 READERS = (
     read_fence, read_doctest, read_directive, read_explicit, read_table, read_literal,
 )  # fmt: skip
@@ -206,15 +207,10 @@ def blocks(lines: list[str]) -> Iterator[Block]:
     """The blocks of a text, without the marks that fill lines."""
     at = 0
     while at < len(lines):
-        for read in READERS:
-            found = read(lines, at)
-            if found:
-                yield from found[0]
-                at = found[1]
-                break
-        else:
-            yield Block("text", [lines[at]])
-            at += 1
+        readers = READERS if MARKED.match(lines[at]) else ()
+        found = next(filter(None, (read(lines, at) for read in readers)), None)
+        read_blocks, at = found or ([Block("text", [lines[at]])], at + 1)
+        yield from read_blocks
 
 
 # -------------------------------------------------------------------------------------------------
@@ -250,6 +246,7 @@ LINE_MARKS = marks(
     (r"^ {0,3}#{2,6} +", ""),
     (r"^\s*</?Tip(?: [^<>]*)?>\s*$", ""),
     (r"^\s*\[\[autodoc\]\].*$", ""),
+    (r"(?<=\S) *# noqa\b.*", ""),
     (r"^:(?:meta|orphan|no-?index|nosearch)\b[^:]*:.*", ""),
 )
 # A template's line that was to be filled in.
@@ -309,7 +306,8 @@ def visible_text(docstring: str) -> str:
         if len(lines) >= 3 and lines[0] == lines[2] and OVERLINE.fullmatch(lines[0]):
             lines = lines[1:]
         text = "\n".join(without_marks(line, line_marks) for line in single_spaced(lines))
-        text = SUBSTITUTION.sub(lambda match: definitions.get(match[1], match[0]), text)
+        if definitions:
+            text = SUBSTITUTION.sub(lambda match: definitions.get(match[1], match[0]), text)
         if targets:
             text = REFERENCE.sub(lambda m: m[1] if m[1] in targets else m[0], text)
         return inline(text).split("\n")

@@ -74,6 +74,7 @@ def test_docstrings_are_cleaned(docstring, cleaned):
         ("A **bold** word, *another*.", "A bold word, another."),
         ("Call f(*a, **b), 2**3**4 or a *b.", "Call f(*a, **b), 2**3**4 or a *b."),
         ("\\*args, \\*\\*kwargs and a\\_b.", "*args, **kwargs and a_b."),
+        ("A line \\\n    that goes on.", "A line that goes on."),
         # Markdown and Hugging Face's.
         ("See [the docs](https://a.b) and x[1](2).", "See the docs and x[1](2)."),
         ("A [`~a.Model.fit`] of [`Model`] ![x](y.png).", "A fit of Model ."),
@@ -160,6 +161,7 @@ def test_runs_of_spaces_of_a_continued_line_are_one():
         "Return %(klass)s of the group.",
         "Text.\n\nParameters\n----------%(by)s\naxis : %(axes)s",
         "TODO",
+        "Not implemented",
         "See base class.",
         "---",
         "No docstring available.",
@@ -174,6 +176,9 @@ def test_noise_says_nothing(docstring):
     [
         "f(x) -> int\n\nThe size of x.",
         "f(x) does it.",
+        "The terms of the series.",
+        'Returns its argument "as is".',
+        "'AM' or 'PM'",
         "Return (a) or (b)",
         "Reads a text.\n\nCopyright (c) 2020 Somebody.",
         "Accepts ``%(name)s`` as a parameter.",
@@ -354,7 +359,19 @@ ODD = (
         "|a",
     ]
     + ["```\n", "```a\n", "`````\n````\n", ".. note::\n", ".. note: a\n", "a::\n", "a::\n\n", "a_ "]
-    + [".. [1] a\n", ".. a\n", "=== ===\n", "=== ===\na\n", ">>> a\n", "a. ", "a.b.", "a: ", "\n "]
+    + [
+        ".. [1] a\n",
+        ".. a\n",
+        "=== ===\n",
+        "=== ===\na\n",
+        ">>> a\n",
+        "a. ",
+        "a.b.",
+        "a: ",
+        "\n ",
+        "! ",
+        "a!",
+    ]
     + [" \\ ", "x   ", "f(", "f(x)\n", "a\n---\n", "Args:\n", "Args:\n  a:\n", ":param x:\n", "$a"]
     + [
         ".. _a:\n",
