@@ -246,6 +246,10 @@ LINE_MARKS = marks(
     (r"^ {0,3}#{2,6} +", ""),
     (r"^\s*</?Tip(?: [^<>]*)?>\s*$", ""),
     (r"^\s*\[\[autodoc\]\].*$", ""),
+    (r"^(\s*)<Added version=\"([^\"]+)\" ?/>$", r"\1New in version \2"),
+    (r"^(\s*)<Changed version=\"([^\"]+)\" ?/?>$", r"\1Changed in version \2"),
+    (r"^(\s*)<Deprecated version=\"([^\"]+)\" ?/?>$", r"\1Deprecated since version \2"),
+    (r"^\s*</(?:Added|Changed|Deprecated)>$", ""),
     (r"(?<=\S) *# noqa\b.*", ""),
     (r"^:(?:meta|orphan|no-?index|nosearch)\b[^:]*:.*", ""),
 )

@@ -79,6 +79,7 @@ def test_docstrings_are_cleaned(docstring, cleaned):
         ("See [the docs](https://a.b) and x[1](2).", "See the docs and x[1](2)."),
         ("A [`~a.Model.fit`] of [`Model`] ![x](y.png).", "A fit of Model ."),
         ("## Title\n\n<Tip warning={true}>\n\nText.\n\n</Tip>", "Title\n\nText."),
+        ('A.\n\n<Added version="2.1"/>', "A.\n\nNew in version 2.1"),
         ("Code.\n```python\nx = *a*\n```\nMore.", "Code.\n\n    x = *a*\n\nMore."),
         # Doxygen.
         ("@brief Adds.\n\n@param[in] x the first\n@return \\p x plus one\n@note Slow.",
