@@ -401,7 +401,7 @@ ODD = (
 
 @pytest.mark.parametrize("unit", ODD)
 def test_the_time_grows_with_the_length_alone(unit):
-    text = unit * (30_000 // len(unit))
+    text = unit * (20_000 // len(unit))
     indented = text.replace("\n", "\n ")
     for docstring in (text, f"Text.\n\n{indented}"):
         start = time.process_time()
