@@ -7,6 +7,8 @@ Writes train.jsonl, valid.jsonl and test.jsonl with one record a public object, 
 {"text": "Q: What is ReLU in mlx?\\nA: mlx.nn.ReLU Applies the Rectified Linear Unit. ..."}
 """
 
+from parts import python_version  # noqa: F401  before what an older Python lacks
+
 import argparse
 import json
 import multiprocessing
@@ -32,6 +34,7 @@ from tqdm import tqdm
 
 # Light ones: each process that reads a package imports them again.
 from parts import docstrings
+from parts.files import check_content
 from parts.foreign import TookTooLong, describe
 from parts.package_modules import import_modules, names_of_distribution
 from parts.public_objects import documented_objects
@@ -86,7 +89,7 @@ def read_package(
         clean = docstrings.clean if PREPROCESS else docstrings.truncate
         cleaned = [(name, path, clean(docstring, SEQ_LIMIT)) for name, path, docstring in found]
         records = iter([(package, *record) for record in cleaned if record[-1]])
-        while batch := list(islice(records, BATCH_SIZE)):
+        for batch in iter(lambda: list(islice(records, BATCH_SIZE)), []):
             tell("records", batch)
     except TookTooLong:
         tell("slow", package)
@@ -423,6 +426,7 @@ def load_tokenizer(path: str) -> Callable[[str], int]:
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"--tokenizer {path} does not exist: name a tokenizer.model")
+    check_content(path)
     try:
         model = SentencePieceProcessor(model_proto=Path(path).read_bytes())
     except RuntimeError as error:

@@ -8,6 +8,12 @@ What comes out, beside this script: `consolidated.00.pth` (float16), `params.jso
 `tokenizer.model`. What is there already is not made again.
 """
 
+import sys
+from os.path import abspath, dirname
+
+sys.path.insert(0, dirname(dirname(abspath(__file__))))  # where parts/ is
+from parts import python_version  # noqa: F401  before what an older Python lacks
+
 import argparse
 import fcntl
 import hashlib
@@ -15,7 +21,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path

@@ -1,0 +1,40 @@
+"""What a file holds, whatever its name says; and text as editors write it."""
+
+import re
+from pathlib import Path
+
+# What downloads leave in a file's place, by how it begins, and what to do about it.
+STAND_INS = {
+    rb"version https://git-lfs": "a git-lfs pointer, not the file itself: run git lfs pull there",
+    rb"\s*<(!doctype|html|head|\?xml)": "a web page, not the file itself: download it again",
+    rb"(Entry not found|Invalid username|Access to model )": "a server's error message, not the "
+    "file itself: download it again, logged in",
+}
+
+
+def check_content(path: str | Path) -> None:
+    """Raise ValueError where a file is only what a download has left in its place."""
+    with open(path, "rb") as file:
+        head = file.read(256).removeprefix(b"\xef\xbb\xbf")
+    for beginning, what in STAND_INS.items():
+        if re.match(beginning, head, re.IGNORECASE):
+            raise ValueError(f"{path} is {what}")
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a file begins as .safetensors files do: the size of a JSON object, and the object."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    size = int.from_bytes(head[:8], "little")
+    return head[8:] == b"{" and size <= Path(path).stat().st_size - 8
+
+
+def decode_text(content: bytes, source: str) -> str:
+    """The text of a file, without what only editors put there: a byte order mark, carriage returns
+    and the end of the last line. Raises ValueError, which names `source`.
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not valid UTF-8: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
