@@ -10,11 +10,14 @@ In: a folder with tokenizer.model and one of
 Out: a folder with weights.npz (float16), params.json and tokenizer.model, for lora.py --model.
 """
 
+from parts import python_version  # noqa: F401  before what an older Python lacks
+
 import argparse
 import difflib
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -33,12 +36,25 @@ from tqdm import tqdm
 
 # Before MLX, because it loads the BLAS that MLX is to use.
 from models import ON_CPU, Model, ModelArgs, available_cores
+from parts.files import check_content
+from parts.legacy_torch import is_legacy, open_legacy
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-FILES = ("tokenizer.model", "weights.npz", "params.json")  # what a converted model consists of
+# What a converted model consists of, in the order in which it is moved into its folder: there are
+# always weights where there is a part, by which a run that was killed is recognized.
+FILES = ("weights.npz", "tokenizer.model", "params.json")
+CHECKPOINTS = (  # what only other models' folders hold
+    "config.json",
+    "consolidated.*",
+    "model*.safetensors",
+    "pytorch_model*.bin",
+    "*.pth",
+    "*.gguf",
+)
+ARCHITECTURES = ("llama", "mistral")  # the `model_type` of what can be converted
 NOT_PARAMETERS = ("rope.freqs", ".rotary_emb.inv_freq")  # in some checkpoints; the model has them
 
 CONTEXT = 2048  # tokens that lora.py trains on at most, unless told otherwise
@@ -142,18 +158,21 @@ def open_checkpoint(folder: Path) -> tuple[Path, dict, Tensors]:
     Raises FileNotFoundError, or ValueError when the files are damaged or of another architecture.
     """
     params, config = folder / "params.json", folder / "config.json"
-    if parts := sorted(folder.glob("consolidated.[0-9][0-9].pth")):
+    parts = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
+    single = folder / "consolidated.safetensors"
+    if parts:
         for i in range(int(parts[-1].suffixes[-2][1:]) + 1):
             find_file(folder / f"consolidated.{i:02}.pth")
         return params, read_params(params), gather(map(open_torch, parts))
-    if (single := folder / "consolidated.safetensors").is_file():
+    if single.is_file():
         return params, read_params(params), gather([open_safetensors(single)])
     for whole, open_file in (
         (folder / "model.safetensors", open_safetensors),
         (folder / "pytorch_model.bin", open_torch),
     ):
-        if parts := hugging_face_files(whole):
-            return config, *from_hugging_face(read_json(config), gather(map(open_file, parts)))
+        parts = hugging_face_files(whole)
+        if parts:
+            return (config, *from_hugging_face(read_json(config), gather(map(open_file, parts))))
     beside = os.listdir(folder.parent) if folder.parent.is_dir() and not folder.exists() else []
     close = difflib.get_close_matches(folder.name, beside, n=1)
     meant = f" (did you mean {folder.parent / close[0]}?)" if close else ""
@@ -173,7 +192,12 @@ def hugging_face_files(whole: Path) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
-        return sorted(whole.parent.glob(f"{whole.stem}*{whole.suffix}"))
+        parts = sorted(whole.parent.glob(f"{whole.stem}*{whole.suffix}"))
+        for part in parts:
+            numbers = re.fullmatch(r"(.*-)\d{5}(-of-(\d{5})\..*)", part.name)
+            for i in range(int(numbers[3]) if numbers else 0):
+                find_file(part.with_name(f"{numbers[1]}{i + 1:05}{numbers[2]}"))
+        return parts
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise ValueError(f"{index} does not name the file of each tensor")
@@ -181,9 +205,10 @@ def hugging_face_files(whole: Path) -> list[Path]:
 
 
 def find_file(path: Path) -> Path:
-    """The path itself. Raises FileNotFoundError."""
+    """The path itself. Raises FileNotFoundError, or ValueError where something else lies there."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it is part of the checkpoint")
+        raise FileNotFoundError(f"{path} is missing: it is part of the checkpoint, download it")
+    check_content(path)
     return path
 
 
@@ -203,7 +228,10 @@ def open_torch(path: Path) -> dict[str, Stored]:
     def load() -> dict[str, torch.Tensor]:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
+    check_content(path)
     try:
+        if is_legacy(path):
+            return {name: Stored(*tensor) for name, tensor in open_legacy(path).items()}
         state = load()
     except Exception as error:  # a damaged archive raises almost anything
         reason = str(error).split("\n")[0]
@@ -226,6 +254,7 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
         with safe_open(path, "pt") as file:
             return file.get_tensor(name)
 
+    check_content(path)
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -248,6 +277,9 @@ def read_json(path: Path) -> dict:
 def read_params(path: Path) -> dict:
     """`params.json` of Meta's or Mistral's releases."""
     params = read_json(path)
+    kind = params.get("model_type", "transformer")
+    if kind not in ("transformer", *ARCHITECTURES):
+        raise ValueError(f"{path}: the architecture {kind} is not supported")
     for name, reason in {
         "moe": "a mixture of experts",
         "use_scaled_rope": "scaled RoPE",
@@ -268,8 +300,8 @@ def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     for wrong, reason in (
         ("num_local_experts" in config, "a mixture of experts"),
         (
-            config.get("model_type") not in ("llama", "mistral"),
-            f"the architecture {config.get('model_type')}",
+            config.get("model_type") not in ARCHITECTURES,
+            f"the architecture {name_architecture(config)}",
         ),
         (config.get("quantization_config"), "a model that is quantized already"),
         (config.get("attention_bias") or config.get("mlp_bias"), "a model with biases"),
@@ -297,6 +329,12 @@ def from_hugging_face(config: dict, tensors: Tensors) -> tuple[dict, Tensors]:
     if config.get("tie_word_embeddings") and "tok_embeddings.weight" in renamed:
         renamed.setdefault("output.weight", renamed["tok_embeddings.weight"])
     return params, renamed
+
+
+def name_architecture(config: dict) -> str:
+    """What a config.json says that the model is."""
+    classes = config.get("architectures") or ["that it does not name"]
+    return config.get("model_type") or " ".join(map(str, classes))
 
 
 def interleaved(stored: Stored, n_heads: int) -> Stored:
@@ -346,6 +384,21 @@ def parameter_shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter, in the model's order."""
     parameters = Model(ModelArgs(**config)).parameters()
     return {name: value.shape for name, value in tree_flatten(parameters)}
+
+
+def check_parts(folder: Path, config: dict, tensors: Tensors) -> None:
+    """Raise FileNotFoundError where Meta's parts of wq are the first of more than are there."""
+    parts = tensors.get("layers.0.attention.wq.weight", [])
+    n_rows = config["n_heads"] * config["head_dim"]
+    shapes = {part.shape[1:] for part in parts}
+    if shapes != {(config["dim"],)} or n_rows % parts[0].shape[0]:
+        return
+    n_parts = n_rows // parts[0].shape[0]
+    if len(parts) < n_parts:
+        raise FileNotFoundError(
+            f"{folder / f'consolidated.{len(parts):02}.pth'} is missing: of the model's "
+            f"{n_parts} parts, the folder has {len(parts)}; download the rest"
+        )
 
 
 def check_shapes(tensors: Tensors, shapes: dict[str, tuple[int, ...]]) -> None:
@@ -407,9 +460,11 @@ def ahead(items: Iterable) -> Iterator:
     items = iter(items)
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
+        item = coming.result()
+        while item is not None:
             coming = pool.submit(next, items, None)
             yield item
+            item = coming.result()
 
 
 def find_tokenizer(folder: Path, vocab_size: int) -> Path:
@@ -424,6 +479,7 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Path:
             f"{folder / 'tokenizer.model'} is missing: copy the model's SentencePiece tokenizer "
             "there (others, such as Tekken or tokenizer.json, are not supported)"
         )
+    check_content(path)
     try:
         n_tokens = SentencePieceProcessor(model_proto=path.read_bytes()).vocab_size()
     except RuntimeError as error:
@@ -532,17 +588,20 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     Raises ValueError or FileNotFoundError for what the user can mend, OSError when the disk fails.
     """
     target = mlx_path.resolve()
-    if target == torch_path.resolve():
+    if target.exists() and torch_path.exists() and target.samefile(torch_path):
         raise ValueError(f"--mlx-path is the checkpoint's own folder, {torch_path}: name another")
     for path in (target, *target.parents):
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"--mlx-path {mlx_path}: {path} is a file, not a folder")
+    check_replaceable(target)
     source, params, tensors = open_checkpoint(torch_path)
     try:
         config = complete(params, tensors)
         shapes = parameter_shapes(config)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{source}: {error}") from error
+    if source.name == "params.json":
+        check_parts(torch_path, config, tensors)
     check_shapes(tensors, shapes)
     tokenizer = find_tokenizer(torch_path, config["vocab_size"])
 
@@ -559,6 +618,35 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
         write_npz(folder / "weights.npz", weights)
         (folder / "params.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raise ValueError where a model in this folder would lie among the files of another, or take
+    the place of what convert.py did not make.
+    """
+    found = [path.name for pattern in CHECKPOINTS for path in sorted(folder.glob(pattern))]
+    if found:
+        raise ValueError(f"--mlx-path {folder} is another model's, with {found[0]}: name another")
+    taken = [name for name in FILES if (folder / name).exists()]
+    if taken and not is_converted(folder):
+        raise ValueError(
+            f"--mlx-path {folder} holds a {taken[0]} that convert.py did not make: name another"
+        )
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether convert.py has made the weights of this folder, and its params where there are any:
+    a run that was killed may have left none.
+    """
+    params = folder / "params.json"
+    try:
+        with zipfile.ZipFile(folder / "weights.npz") as archive:
+            is_model = "tok_embeddings.weight.npy" in archive.namelist()
+        return is_model and (
+            not params.exists() or read_json(params).keys() >= HUGGING_FACE_CONFIG.keys()
+        )
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return False
 
 
 @contextmanager

@@ -354,7 +354,8 @@ def check_folder(folder: Path, packages: list[str], overwrite: bool) -> None:
             raise ValueError(
                 f"{path} is not of this script: name another --data-folder, or give --overwrite"
             )
-        if others := sorted(found - set(packages)):
+        others = sorted(found - set(packages))
+        if others:
             raise ValueError(
                 f"{path} holds records of {', '.join(others)}: name another --data-folder, or give "
                 "--overwrite"

@@ -3,6 +3,12 @@
 Scripts import parts, parts never import scripts. What the readers of the data set script start
 with (all but near_copies) imports neither MLX nor NumPy.
 
+python_version    one line where Python is too old
+files             what a file holds, whatever its name says; text as editors write it
+legacy_torch      the files of torch before 1.6
+records           a line of JSONL to a text
+run_files         the files that a training writes, and whether those in their places are one's
+
 foreign           looking at the objects of other packages, which may run any code or never return
 package_modules   the modules of a package, imported, and what was installed with it
 docstrings        a docstring made fit to learn from: sections, truncation, noise

@@ -526,7 +526,10 @@ def test_a_part_that_is_missing_is_named(tmp_path):
     assert "index.json does not name the file of each tensor" in says
     write_shards(4, 0)(tmp_path / "shards")
     (tmp_path / "shards" / "consolidated.03.pth").unlink()  # the last: only the shapes can tell
-    assert "has the shape" in error_of(run(tmp_path / "shards", tmp_path / "mlx"))
+    says = error_of(run(tmp_path / "shards", tmp_path / "mlx"))
+    assert "consolidated.03.pth is missing: of the model's 4 parts, the folder has 3" in says
+    (tmp_path / "hf" / "model.safetensors.index.json").unlink()  # and then the names tell
+    assert f"{lost.name} is missing" in error_of(run(tmp_path / "hf", tmp_path / "mlx"))
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.001, 0.3, 0.9, 0.999])

@@ -1,0 +1,69 @@
+"""The files that a training writes, and which of those that lie in their places are a training's:
+what the suite did not make, it does not replace.
+"""
+
+import json
+from pathlib import Path
+
+LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a plot needs
+PLOT_TITLE = "Losses of lora.py"  # in each plot, by which it is recognized
+
+
+def sibling(adapter_file: str | Path, suffix: str) -> Path:
+    """`adapters.log.jsonl` for `adapters.npz` and the suffix `.log.jsonl`."""
+    path = Path(adapter_file)
+    return path.with_name(path.name.removesuffix(".npz") + suffix)
+
+
+def parse_entry(line: bytes) -> dict | None:
+    """An entry of a log, or None for a line that a kill cut off, or that is none of ours."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) and entry.keys() >= LOG_KEYS else None
+
+
+def is_state(path: Path) -> bool:
+    """Whether a training saved its state here, whole or damaged since: an archive whose first
+    member is one of the adapters.
+    """
+    with open(path, "rb") as file:
+        head = file.read(64)
+    return head.startswith(b"PK") and b"adapter.layers." in head
+
+
+def is_log(path: Path) -> bool:
+    """Whether a training kept its log here."""
+    return any(map(parse_entry, path.read_bytes().splitlines()))
+
+
+def is_plot(path: Path) -> bool:
+    """Whether a training drew its losses here. Earlier versions did not sign the plot; one of
+    theirs is known by its log.
+    """
+    log = path.with_suffix(".log.jsonl")
+    signature = f"tEXtTitle\0{PLOT_TITLE}".encode()
+    return signature in path.read_bytes() or (log.is_file() and is_log(log))
+
+
+SIBLINGS = {".state.npz": is_state, ".log.jsonl": is_log, ".png": is_plot}
+
+
+def find_siblings(adapter_file: str | Path) -> list[Path]:
+    """The files beside the adapters that training would replace. An empty one does not count.
+
+    Raises ValueError where one of them is no training's.
+    """
+    found = []
+    for suffix, is_ours in SIBLINGS.items():
+        path = sibling(adapter_file, suffix)
+        if not path.is_file() or not path.stat().st_size:
+            continue
+        if not is_ours(path):
+            raise ValueError(
+                f"--adapter-file {adapter_file} would replace {path}, which no training made: "
+                "name another"
+            )
+        found.append(path)
+    return found
