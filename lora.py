@@ -9,6 +9,8 @@ The model is a folder that convert.py made; when it is quantized, training is QL
 folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 """
 
+from parts import python_version  # noqa: F401  before what an older Python lacks
+
 import argparse
 import difflib
 import hashlib
@@ -51,6 +53,9 @@ from models import (
     open_streams,
     set_portions,
 )
+from parts.files import check_content, decode_text, is_safetensors
+from parts.records import parse_record
+from parts.run_files import PLOT_TITLE, find_siblings, parse_entry, sibling
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,11 +68,11 @@ BROKEN_STEPS = 3  # so many in a row that are not finite end the training
 ADAPTER_KEY = re.compile(
     rf"layers\.(0|[1-9]\d{{0,3}})\.attention\.({'|'.join(LORA_PROJECTIONS)})\.lora_[ab]"
 )
+FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
 QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
-LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a picture needs
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
 MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
@@ -188,7 +193,7 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     if args.prompt == "-":
         if sys.stdin is None:
             raise ValueError("--prompt - reads standard input, which is closed")
-        args.prompt = sys.stdin.read()
+        args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
     if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:
@@ -205,6 +210,20 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
             f"there is no adapter file {adapter}{similar(adapter)}: make one with --train, "
             "or give --no-adapter for the base model alone"
         )
+    if adapter is not None:
+        check_adapter(adapter)
+
+
+def check_adapter(adapter: str | Path) -> None:
+    """Raise ValueError where an adapter file, or its state, is of another kind than lora.py's."""
+    for path in (Path(adapter), sibling(adapter, ".state.npz")):
+        if path.is_file():
+            check_content(path)
+    if is_safetensors(adapter):
+        raise ValueError(
+            f"{adapter} is a safetensors file, as PEFT's and mlx-lm's adapters are, which are not "
+            "supported: name the .npz file that lora.py --train wrote"
+        )
 
 
 def check_replaceable(adapter: Path) -> None:
@@ -214,10 +233,15 @@ def check_replaceable(adapter: Path) -> None:
         raise FileNotFoundError(f"the folder of --adapter-file {adapter} does not exist")
     if adapter.is_dir():
         raise IsADirectoryError(f"--adapter-file {adapter} is a folder: name a file")
+    if adapter.suffix in FOREIGN_SUFFIXES:
+        raise ValueError(
+            f"--adapter-file {adapter}: training writes NumPy's format: name {adapter.stem}.npz"
+        )
     if not os.access(folder, os.W_OK):
         raise ValueError(f"nothing can be written into the folder of --adapter-file {adapter}")
     if adapter.exists() and not holds_adapters(adapter):
         raise ValueError(f"--adapter-file {adapter} exists and holds no adapters: name another")
+    find_siblings(adapter)
 
 
 def holds_adapters(path: Path) -> bool:
@@ -327,7 +351,7 @@ class Ranks:
                     f"rank 0 cannot wait at {host}:{port} ({error}): is another run "
                     "there? mlx.launch takes another port with -p"
                 ) from error
-            while missing := set(range(1, size)) - self._peers.keys():
+            while len(self._peers) < size - 1:
                 server.settimeout(max(deadline - time.monotonic(), 0.001))
                 try:
                     peer, _ = server.accept()
@@ -335,7 +359,7 @@ class Ranks:
                     self._peers[int(peer.recv(8))] = peer
                 except TimeoutError:
                     if time.monotonic() > deadline:
-                        self._end(min(missing))
+                        self._end(min(set(range(1, size)) - self._peers.keys()))
                 except (OSError, ValueError):  # it has left again, or is none of ours
                     continue
             server.close()
@@ -452,6 +476,7 @@ class Tokenizer:
     def __init__(self, model_path: str | Path):
         if not Path(model_path).is_file():
             raise FileNotFoundError(f"{model_path} is missing: convert the model with convert.py")
+        check_content(model_path)
         try:
             self._model = SentencePieceProcessor(model_proto=Path(model_path).read_bytes())
         except RuntimeError as error:
@@ -521,6 +546,7 @@ class Dataset:
                 f"{path} is missing{similar(path)}: --data takes a folder with train.jsonl, "
                 "valid.jsonl and test.jsonl, such as cwk_create_dataset.py makes"
             )
+        check_content(path)
         with open(path, "rb") as lines:
             self._texts = [
                 parse_record(line, key, f"{path}, line {i}")
@@ -549,24 +575,6 @@ class Dataset:
         rows = self.encode(tokenizer)
         self._encoded = tokenizer, [row[:max_length] for row in rows]
         return sum(len(row) > max_length for row in rows)
-
-
-def parse_record(line: bytes, key: str, place: str) -> str:
-    """The text of one line. Raises ValueError, which names `place`."""
-    try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{place} is not UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is not JSON: {error}") from error
-    text = record.get(key) if isinstance(record, dict) else None
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{place} has no text: it should be like {{"{key}": "..."}}')
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place} holds half a character: {error}") from error
-    return text
 
 
 def load(
@@ -1097,13 +1105,7 @@ class TrainingLog:
         axes.grid(alpha=0.3)
         axes.legend()
         with replacing(self.picture) as file:
-            figure.savefig(file, format="png", dpi=120)
-
-
-def sibling(adapter_file: str | Path, suffix: str) -> Path:
-    """`adapters.log.jsonl` for `adapters.npz` and the suffix `.log.jsonl`."""
-    path = Path(adapter_file)
-    return path.with_name(path.name.removesuffix(".npz") + suffix)
+            figure.savefig(file, format="png", dpi=120, metadata={"Title": PLOT_TITLE})
 
 
 def read_log(adapter_file: str | Path, last: int) -> list[dict]:
@@ -1111,15 +1113,6 @@ def read_log(adapter_file: str | Path, last: int) -> list[dict]:
     file = sibling(adapter_file, ".log.jsonl")
     lines = file.read_bytes().splitlines() if file.is_file() else []
     return [entry for entry in map(parse_entry, lines) if entry and entry["iteration"] <= last]
-
-
-def parse_entry(line: bytes) -> dict | None:
-    """An entry of a log, or None for a line that a kill cut off, or that is none of ours."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) and entry.keys() >= LOG_KEYS else None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1329,10 +1322,12 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
         print(piece, end="", flush=True)
     print(flush=True)
-    speed = (len(times) - 2) / (times[-1] - times[1]) if len(times) > 2 else math.nan
+    speed = ""  # one token alone has none
+    if len(times) > 2:
+        speed = f", {(len(times) - 2) / (times[-1] - times[1]):.3f} tokens/sec"
     print(
         f"Prompt: {len(prompt_ids)} tokens, {len(prompt_ids) / (times[1] - times[0]):.3f} "
-        f"tokens/sec; generation: {len(times) - 1} tokens, {speed:.3f} tokens/sec; "
+        f"tokens/sec; generation: {len(times) - 1} tokens{speed}; "
         f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB",
         file=sys.stderr,
     )
@@ -1400,6 +1395,7 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
                 f"{folder / name} is missing{similar(folder / name)}: --model takes a folder that "
                 "convert.py made"
             )
+        check_content(folder / name)
     model = read_config(folder / "params.json")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     if tokenizer.vocab_size > model.args.vocab_size:
@@ -1549,6 +1545,8 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
         if len(train_set) < args.batch_size:
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
         say("Training")
+        if ranks.rank == 0:
+            warn_of_another_run(args)
         announce(model, train_set, val_set, tokenizer, args, ranks.size)
         optimizer = optim.Adam(learning_rate=args.learning_rate)
         train(model, train_set, val_set, optimizer, loss, tokenizer, args, ranks)
@@ -1642,6 +1640,18 @@ def announce(
         warn(f"the validation set has {len(val_set)} texts, the training set {len(train_set)}")
     if args.learning_rate > 1e-2:
         warn(f"--learning-rate {args.learning_rate} is high: 1e-5 to 1e-3 are usual for LoRA")
+
+
+def warn_of_another_run(args: argparse.Namespace) -> None:
+    """Warn of what another run wrote, and this one replaces."""
+    adapter, source = Path(args.adapter_file), args.resume_adapter_file
+    if source is not None and adapter.exists() and adapter.samefile(source):
+        return
+    own = [adapter] if adapter.is_file() and adapter.stat().st_size else []
+    found = [*own, *find_siblings(adapter)]
+    if found:
+        names = ", ".join([str(found[0]), *(path.name for path in found[1:])])
+        warn(f"another run's files are replaced: {names}")
 
 
 def resuming_command(args: argparse.Namespace) -> str:

@@ -829,7 +829,8 @@ def test_a_full_disk_is_status_1_and_leaves_the_adapter_that_was_there(tiny_mode
     (tmp_path / "adapters.npz.partial").symlink_to("/dev/full")
     process = train_script(tiny_model, data, "--iters", 6, "--adapter-file", adapter)
     assert process.returncode == 1
-    warning, error = process.stderr.splitlines()
+    replaced, warning, error = process.stderr.splitlines()
+    assert replaced == f"lora.py: warning: another run's files are replaced: {adapter}"
     assert warning.startswith("lora.py: warning: iteration 6 could not be saved to ")
     assert warning.endswith("[Errno 28] No space left on device")
     assert error.startswith("lora.py: error: the adapters of the last step could not be saved")

@@ -313,7 +313,7 @@ def test_adapters_put_back_from_a_copy_are_gone_on_from(flags, stopped, tmp_path
 
 def test_a_run_that_goes_on_in_another_file_takes_its_log_along(flags, stopped, tmp_path):
     other = tmp_path / "other.npz"
-    (tmp_path / "other.log.jsonl").write_text("another run's\n")
+    shutil.copy(stopped / "adapters.log.jsonl", tmp_path / "other.log.jsonl")
     resumed = ["--resume-adapter-file", stopped / "adapters.npz", "--adapter-file", other]
     process = run_script("lora.py", *flags, *resumed, "--iters", "14")
     assert process.returncode == 0, process.stderr
