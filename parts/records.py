@@ -8,17 +8,16 @@ def parse_record(line: bytes, key: str, place: str) -> str:
     says what the line holds instead.
     """
     try:
-        record = json.loads(line.decode("utf-8-sig").rstrip())
+        content = line.decode("utf-8-sig").strip()
+        record = json.loads(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
-        if line.strip() in (b"[", b"{", b"[{"):
-            kind = "array" if line.lstrip().startswith(b"[") else "object"
-            raise ValueError(
-                f"{place} begins a JSON {kind} of many lines: {expected(key)}"
-            ) from error
+        if content.startswith("[") or content == "{":
+            kind = "an array" if content.startswith("[") else "an object"
+            raise ValueError(f"{place} begins {kind} of many lines: {expected(key)}") from error
         raise ValueError(f"{place} is not JSON: {error.msg}, at column {error.colno}") from error
-    except RecursionError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():

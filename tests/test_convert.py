@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 
 import numpy as np
@@ -21,6 +22,7 @@ from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script
 import convert
 import lora
 from models import Model, ModelArgs
+from parts.legacy_torch import open_legacy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -185,12 +187,16 @@ def error_of(process, status=2) -> str:
     return lines[0]
 
 
-def test_a_pickle_that_would_run_a_command_is_refused_and_does_not_run(checkpoint, tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_that_would_run_a_command_is_refused_and_does_not_run(
+    checkpoint, tmp_path, legacy
+):
     class Command:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path / 'it-ran'}",)
 
-    torch.save({"norm.weight": Command()}, checkpoint / "consolidated.00.pth")
+    file = checkpoint / "consolidated.00.pth"
+    torch.save({"norm.weight": Command()}, file, _use_new_zipfile_serialization=not legacy)
     assert "holds more than tensors" in error_of(run(checkpoint, tmp_path / "mlx"))
     assert not (tmp_path / "it-ran").exists()
     assert not (tmp_path / "mlx").exists()
@@ -329,6 +335,13 @@ def write_shards(n: int, embeddings_axis: int):
     return write
 
 
+def write_legacy(folder):
+    tensors = checkpoint_tensors(n_kv_heads=2)
+    write_checkpoint(folder, {}, GROUPED)
+    file = folder / "consolidated.00.pth"  # as torch before 1.6 wrote it
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+
+
 def write_safetensors(folder):
     write_checkpoint(folder, {}, GROUPED)
     (folder / "consolidated.00.pth").unlink()
@@ -357,6 +370,7 @@ def write_pytorch_bin(folder):
     [
         write_shards(2, 0),
         write_shards(2, 1),
+        write_legacy,
         write_safetensors,
         write_hugging_face,
         write_pytorch_bin,
@@ -459,6 +473,27 @@ def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, sa
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "mamba"),
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"d_model": 768, "n_layer": 24}, "that it does not name"),
+    ],
+)
+def test_another_architecture_is_named(config, name):
+    with pytest.raises(ValueError, match=f"config.json: the architecture {name} is not supported"):
+        convert.from_hugging_face(config, {})
+
+
+def test_mistrals_mamba_is_named(checkpoint, tmp_path):
+    mamba = {"dim": 64, "n_layers": 3, "vocab_size": 32000, "model_type": "mamba"}
+    (checkpoint / "params.json").write_text(json.dumps(mamba))
+    assert "params.json: the architecture mamba is not" in error_of(
+        run(checkpoint, tmp_path / "mlx")
+    )
+
+
 @pytest.mark.parametrize("key", ["moe", "use_scaled_rope", "yarn"])
 def test_what_params_json_says_and_the_suite_cannot_run_is_refused(checkpoint, tmp_path, key):
     (checkpoint / "params.json").write_text(json.dumps({**META, key: {"factor": 8}}))
@@ -544,6 +579,14 @@ def test_a_truncated_file_is_named(write, keep, tmp_path):
     assert not (tmp_path / "mlx").exists()
 
 
+@pytest.mark.parametrize("keep", [0.001, 0.9])
+def test_a_truncated_file_of_an_old_torch_is_named(keep, tmp_path):
+    write_legacy(tmp_path / "cut")
+    file = tmp_path / "cut" / "consolidated.00.pth"
+    file.write_bytes(file.read_bytes()[: int(keep * file.stat().st_size)])
+    assert f"{file.name} is damaged" in error_of(run(tmp_path / "cut", tmp_path / "mlx"))
+
+
 def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
@@ -575,6 +618,70 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
     assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))
+
+
+def test_another_models_folder_is_left_alone(checkpoint, tmp_path):
+    assert run(checkpoint, tmp_path / "ours").returncode == 0
+    ours = contents(tmp_path / "ours")
+    theirs = {
+        "meta": {"consolidated.00.pth": b"weights", "params.json": b"{}"},
+        "hugging-face": {"config.json": b"{}", "tokenizer.model": b"pieces"},
+        "mixed": {**ours, "model.safetensors": b"weights"},
+        "mlx-examples": {**ours, "params.json": b'{"dim": 64, "n_layers": 3}'},
+        "arrays": {"weights.npz": b"no archive"},
+        "words": {"tokenizer.model": b"somebody's"},
+    }
+    for name, files in theirs.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        with pytest.raises(ValueError, match=f"--mlx-path {folder} .*: name another"):
+            convert.check_replaceable(folder)
+    assert "is another model's, with config.json" in error_of(
+        run(checkpoint, tmp_path / "hugging-face")
+    )
+    assert contents(tmp_path / "hugging-face") == theirs["hugging-face"]
+
+
+def test_a_killed_runs_model_and_a_folder_of_other_things_are_written_into(checkpoint, tmp_path):
+    assert run(checkpoint, tmp_path / "mlx").returncode == 0
+    whole = contents(tmp_path / "mlx")
+    (tmp_path / "mlx" / "params.json").unlink()  # as a kill leaves it
+    (tmp_path / "mlx" / "notes.txt").write_text("mine")
+    assert run(checkpoint, tmp_path / "mlx").returncode == 0
+    assert contents(tmp_path / "mlx") == {**whole, "notes.txt": b"mine"}
+
+
+def test_the_checkpoints_folder_is_known_by_any_spelling(checkpoint, tmp_path):
+    """A mount gives it another path, as another case does where the file system ignores it."""
+    (tmp_path / "TORCH").mkdir()
+    mount = f"mount --bind {checkpoint} {tmp_path / 'TORCH'} && exec "
+    paths = f"--torch-path {checkpoint} --mlx-path {tmp_path / 'TORCH'}"
+    command = f"{mount} {sys.executable} {ROOT / 'convert.py'} {paths}"
+    process = subprocess.run(
+        ["unshare", "--map-root-user", "--mount", "sh", "-c", command],
+        capture_output=True,
+        encoding="utf-8",
+    )
+    if process.returncode != 2 or "convert.py" not in process.stderr:
+        pytest.skip(f"nothing can be mounted here: {process.stderr.strip()}")
+    assert "is the checkpoint's own folder" in error_of(process)
+
+
+def test_one_tensor_of_an_old_file_is_in_memory_at_a_time(tmp_path):
+    tensors = {str(i): torch.full((1024, 1024), float(i)) for i in range(8)}
+    tensors["view"] = tensors["7"].T[3:5]
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    tracemalloc.start()
+    opened = open_legacy(tmp_path / "old.pth")
+    for name, (shape, read) in opened.items():
+        assert shape == tensors[name].shape
+        assert torch.equal(read(), tensors[name])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert opened.keys() == tensors.keys()
+    assert peak < 1.5 * tensors["0"].nbytes
 
 
 def test_a_folder_that_is_none_of_ours_is_left_alone(checkpoint, tmp_path):

@@ -14,10 +14,20 @@ import time
 from itertools import islice
 from pathlib import Path
 
+import matplotlib.figure
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
+import safetensors.numpy
+from conftest import (
+    MISTRAL_TOKENIZER,
+    ROOT,
+    RUN_FILES,
+    TINY,
+    run_script,
+    write_jsonl,
+    write_model,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
@@ -25,6 +35,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 import lora
 from models import Model, ModelArgs
+from parts.files import decode_text
+from parts.run_files import is_plot
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -368,6 +380,47 @@ def test_training_replaces_no_file_that_holds_anything_else(tiny_model, data, tm
     assert Path(weights).read_bytes() == (tiny_model / "weights.npz").read_bytes()
 
 
+@pytest.mark.parametrize("suffix", [".png", ".log.jsonl", ".state.npz"])
+def test_training_replaces_nothing_of_anybodys_beside_the_adapters(
+    tiny_model, data, tmp_path, suffix
+):
+    theirs = tmp_path / f"photo{suffix}"
+    theirs.write_text("somebody's")
+    before = theirs.read_bytes()
+    says = error_of(
+        "--model", tiny_model, "--data", data, "--train", "--adapter-file", tmp_path / "photo.npz"
+    )
+    assert f"would replace {theirs}, which no training made: name another" in says
+    assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+    assert theirs.read_bytes() == before
+
+
+def test_training_says_which_files_of_another_run_it_replaces(trained, tiny_model, data, tmp_path):
+    for file in RUN_FILES:
+        shutil.copy(trained[1].with_name(file), tmp_path)
+    flags = "--iters", 12, "--lora-layers", 2, "--adapter-file", tmp_path / "adapters.npz"
+    process = train_script(tiny_model, data, *flags)
+    assert process.stderr.splitlines() == [
+        f"lora.py: warning: another run's files are replaced: {tmp_path / 'adapters.npz'}, "
+        "adapters.state.npz, adapters.log.jsonl, adapters.png"
+    ]
+    before = (tmp_path / "adapters.npz").read_bytes()
+    resumed = train_script(
+        tiny_model, data, *flags, "--resume-adapter-file", tmp_path / "adapters.npz"
+    )
+    assert resumed.stderr == ""  # these are its own
+    assert (tmp_path / "adapters.npz").read_bytes() == before
+
+
+def test_a_plot_is_a_trainings_by_its_signature_or_its_log(trained, tmp_path):
+    plot = Path(shutil.copy(trained[1].with_suffix(".png"), tmp_path / "a.png"))
+    assert is_plot(plot)
+    matplotlib.figure.Figure().savefig(plot)  # as earlier versions, which did not sign it
+    assert not is_plot(plot)
+    shutil.copy(trained[1].with_suffix(".log.jsonl"), tmp_path / "a.log.jsonl")
+    assert is_plot(plot)
+
+
 def test_names_that_are_not_utf_8_are_names(tiny_model, tmp_path):
     folder = os.fsencode(tmp_path) + b"/mod\xe8le"
     shutil.copytree(os.fsencode(tiny_model), folder)
@@ -502,6 +555,38 @@ def test_a_prompt_is_read_from_standard_input(tiny_model):
         check=True,
     )
     assert read.stdout == given.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "prompt"),
+    [
+        (b"Q: What?\nA:\n", "Q: What?\nA:"),
+        (b"\xef\xbb\xbfQ: What?\r\nA:\r\n", "Q: What?\nA:"),
+        (b"Q: What?\n\n", "Q: What?\n"),
+        (b"Q: What?", "Q: What?"),
+    ],
+)
+def test_what_only_an_editor_writes_is_no_part_of_a_prompt(content, prompt):
+    assert decode_text(content, "--prompt") == prompt
+
+
+def test_a_prompts_file_is_answered_as_its_text_is_and_a_text_stays_as_it_is(tiny_model):
+    flags = ("--model", tiny_model, "--no-adapter", "-n", "5", "--temp", "0", "--prompt")
+    command = [sys.executable, ROOT / "lora.py", *flags, "-"]
+    file = b"\xef\xbb\xbfQ: What?\r\nA:\r\n"
+    read = subprocess.run(command, input=file, capture_output=True, check=True).stdout.decode()
+    assert read == run_script("lora.py", *flags, "Q: What?\nA:").stdout
+    given = run_script("lora.py", *flags, "A:\r\n")
+    (_, head, text) = given.stdout.replace("\r\n", "\n").partition("Generating\nA:\n")
+    assert head and text
+    process = subprocess.run(command, input=b"\xff", capture_output=True)
+    assert process.returncode == 2
+    assert process.stderr.startswith(b"lora.py: error: --prompt is not valid UTF-8: ")
+
+
+def test_one_token_alone_has_no_speed(tiny_model):
+    process = run_script("lora.py", "--model", tiny_model, "--no-adapter", "-p", "hi", "-n", 1)
+    assert re.search(r"; generation: 1 tokens; peak memory", process.stderr)
 
 
 def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
@@ -686,6 +771,7 @@ def error_of(*flags) -> str:
         (["--train", "--adapter-file", "no/a.npz"], "folder of --adapter-file no/a.npz does not"),
         (["--prompt", "hi", "--no-adapter", "--model", "nowhere"], "nowhere/params.json is"),
         (["--prompt", "\udcff"], "--prompt is not valid UTF-8"),
+        (["--train", "--adapter-file", "a.safetensors"], "writes NumPy's format: name a.npz"),
         (["--train", "--adapter-file", "/"], "--adapter-file / is a folder"),
         (["--tarin"], "unrecognized arguments: --tarin"),
     ],
@@ -725,10 +811,12 @@ def test_a_damaged_model_folder_is_one_line(tiny_model, tmp_path, name, content,
         (b"\n \n", "train.jsonl is empty"),
         (b'{"text": "a"}\n{"text": \n', "train.jsonl, line 2 is not JSON"),
         (b'{"text": "a"}\n\xff\n', "train.jsonl, line 2 is not UTF-8"),
-        (b'{"txt": "a"}\n', "train.jsonl, line 1 has no text"),
-        (b'{"text": 1}\n', "train.jsonl, line 1 has no text"),
-        (b'{"text": ""}\n', "train.jsonl, line 1 has no text"),
-        (b'["text"]\n', "train.jsonl, line 1 has no text"),
+        (b'{"messages": [], "id": 1}\n', 'line 1 has no text: its keys are "messages", "id"; each'),
+        (b'{"text": 1}\n', "train.jsonl, line 1 has no text: its text is 1; each line holds one {"),
+        (b'{"text": ""}\n', 'train.jsonl, line 1 has no text: its text is ""; each'),
+        (b'["text"]\n', "train.jsonl, line 1 has no text: it is a JSON array; each line holds"),
+        (b'[\n  {"text": "a"}\n]\n', "train.jsonl, line 1 begins an array of many lines: each"),
+        (b'{\n  "text": "a"\n}\n', "train.jsonl, line 1 begins an object of many lines: each"),
         (b'{"text": "\\ud800"}\n', "train.jsonl, line 1 holds half a character"),
     ],
 )
@@ -817,6 +905,14 @@ def test_a_damaged_adapter_file_is_one_line(tiny_model, trained, tmp_path):
     file = tmp_path / "a.npz"
     file.write_bytes(trained[1].read_bytes()[:-100])
     assert "is no adapter file" in error_of(
+        "--model", tiny_model, "--adapter-file", file, "--prompt", "hi"
+    )
+
+
+def test_another_tools_adapter_file_is_named(tiny_model, tmp_path):
+    file = tmp_path / "adapters.safetensors"
+    safetensors.numpy.save_file({"lora_a": np.ones((64, 8), np.float32)}, file)
+    assert f"{file} is a safetensors file, as PEFT's and mlx-lm's adapters are" in error_of(
         "--model", tiny_model, "--adapter-file", file, "--prompt", "hi"
     )
 
