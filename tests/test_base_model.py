@@ -65,7 +65,7 @@ def make_in(folder: Path, wheel: Path | None) -> subprocess.Popen:
         (folder / wheel.name).symlink_to(wheel)
     return subprocess.Popen(
         [sys.executable, folder / "make.py"],
-        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": ""},
+        env={**os.environ, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": "", "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -309,6 +309,7 @@ def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(base_model, whee
     project.mkdir()
     for name in ("convert.py", "models.py", "lora.py", "cwk_create_dataset.py"):
         shutil.copy(ROOT / name, project)
+    shutil.copytree(ROOT / "parts", project / "parts")
     for name in ("run-training.sh", "run-inference.sh"):
         shutil.copy(ROOT / name, project)
     shutil.copytree(base_model, project / "base-model", copy_function=os.link)
