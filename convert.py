@@ -34,14 +34,15 @@ from safetensors import safe_open
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-# Before MLX, because it loads the BLAS that MLX is to use.
-from models import ON_CPU, Model, ModelArgs, available_cores
+from parts import device  # before MLX, for its BLAS
 from parts.files import check_content
 from parts.legacy_torch import is_legacy, open_legacy
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
+
+from models import Model, ModelArgs
 
 # What a converted model consists of, in the order in which it is moved into its folder: there are
 # always weights where there is a part, by which a run that was killed is recognized.
@@ -522,7 +523,9 @@ def quantize_each(
         for name, module in Model(ModelArgs(**shape)).named_modules()
         if isinstance(module, nn.Linear) and name != "output"
     }
-    n_streams = len(available_cores()) if ON_CPU else 1  # a CPU's stream is one thread
+    n_streams = (
+        len(device.available_cores()) if device.ON_CPU else 1
+    )  # a CPU's stream is one thread
     streams = [mx.new_stream(mx.default_device()) for _ in range(n_streams)]
     for name, weight in weights:
         if name not in linear:

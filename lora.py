@@ -39,20 +39,8 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-# Before MLX, because it loads the BLAS that MLX is to use.
-from models import (
-    FAST_BLAS,
-    ON_CPU,
-    Decoder,
-    LayerCache,
-    LoRALinear,
-    Model,
-    ModelArgs,
-    available_cores,
-    cross_entropy,
-    open_streams,
-    set_portions,
-)
+from parts import device  # before MLX, for its BLAS
+from parts.device import available_cores, open_streams, set_portions
 from parts.files import check_content, decode_text, is_safetensors
 from parts.records import parse_record
 from parts.run_files import PLOT_TITLE, find_siblings, parse_entry, sibling
@@ -61,6 +49,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
+
+from models import Decoder, LayerCache, LoRALinear, Model, ModelArgs, cross_entropy
 
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
@@ -978,13 +968,13 @@ def make_step(
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
         return value, n_tokens, finite, stopping
 
-    compiled = step if ON_CPU else mx.compile(step, inputs=state, outputs=state)
+    compiled = step if device.ON_CPU else mx.compile(step, inputs=state, outputs=state)
 
     longest = 0
 
     def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
         nonlocal longest
-        is_longest = mx.cuda.is_available() and batch[0].shape[1] > longest
+        is_longest = device.has_cuda() and batch[0].shape[1] > longest
         if is_longest:  # what a step takes at least: none of its work may queue up
             mx.eval(state)
             mx.set_memory_limit(mx.get_active_memory())
@@ -1403,7 +1393,7 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
             f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
-    dtype = dtype or (mx.float32 if ON_CPU else mx.bfloat16)
+    dtype = dtype or (mx.float32 if device.ON_CPU else mx.bfloat16)
     load_weights(model, folder / "weights.npz", dtype)
     return model, tokenizer
 
@@ -1469,7 +1459,7 @@ def check_memory(needed: int) -> None:
     weights need. Else the system would kill the process.
     """
     meminfo = Path("/proc/meminfo")
-    if not (ON_CPU and meminfo.exists()):
+    if not (device.ON_CPU and meminfo.exists()):
         return
     available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
     if needed > available:
@@ -1520,7 +1510,7 @@ def run(args: argparse.Namespace, ranks: Ranks = ALONE) -> None:
     set_portions(training=args.train or args.test)
     mx.random.seed(args.seed)
     np.random.seed(args.seed)
-    if ON_CPU and not FAST_BLAS:
+    if device.ON_CPU and not device.FAST_BLAS:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
     if args.resume_adapter_file and ranks.rank == 0:
         finish_save(args.resume_adapter_file)

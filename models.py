@@ -8,10 +8,7 @@ H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 """
 
 import ctypes
-import importlib.metadata
 import math
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import lru_cache, partial
@@ -19,44 +16,11 @@ from functools import lru_cache, partial
 import numpy as np
 
 
-def load_fast_blas() -> ctypes.CDLL | None:
-    """Load Intel's MKL, where it is installed, in place of the BLAS that MLX's Linux wheel bundles.
+from parts import device  # before MLX, for its BLAS
 
-    The bundled one is the reference implementation, some fifty times slower. The dynamic linker
-    takes the first `cblas_sgemm` that it meets, so this has to run before MLX is first imported.
-    Gives None where there is no MKL; macOS and CUDA do not need it.
-    """
-    try:
-        files = importlib.metadata.files("mkl") or []
-        library = next(f.locate() for f in files if f.name.startswith("libmkl_rt.so"))
-        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
-    except (importlib.metadata.PackageNotFoundError, StopIteration, OSError):
-        return None
+import mlx.core as mx
+import mlx.nn as nn
 
-
-def keep_freed_memory() -> None:
-    """Have the C library of Linux keep the memory of freed arrays for others. By default it gives
-    that of large ones back to the system, which has to clear pages for each new one.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        for setting, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            mallopt(setting, value)
-
-
-FAST_BLAS = load_fast_blas()
-
-import mlx.core as mx  # noqa: E402
-import mlx.nn as nn  # noqa: E402
-
-ON_CPU = mx.default_device() == mx.Device(mx.cpu)
-if ON_CPU:
-    # MLX then queues the work of all streams in turns, not that of one after that of another.
-    os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
-elif mx.cuda.is_available():
-    # The graphs that each length of a batch takes are kept, not made anew for each batch.
-    os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 LORA_SCALE = 2.0
 CACHE_STEP = 512  # positions by which the key-value cache grows
 THREADS = 512  # of a CUDA block
@@ -65,7 +29,7 @@ ATTENTION_MEMORY = 17_000  # bytes of static shared memory for attention, up to 
 MAX_SPLITS = 16  # blocks, at most, that share the positions of one head
 QUERY_BLOCK = 128  # positions whose attention a CPU computes at once
 # Up to so many rows, MLX's product with quantized weights beats one with dequantized weights.
-FEW_ROWS = 2 if ON_CPU else 16 if mx.cuda.is_available() else math.inf
+FEW_ROWS = 2 if device.ON_CPU else 16 if device.has_cuda() else math.inf
 
 # One layer's keys and values (B, K, capacity, head_dim), and how many positions are filled.
 LayerCache = tuple[mx.array, mx.array, int]
@@ -73,39 +37,6 @@ LayerCache = tuple[mx.array, mx.array, int]
 # -------------------------------------------------------------------------------------------------
 # Arithmetic. A CPU spends its time in exponentials, once products are fast: each is computed no
 # more often than it must be, and in the cheapest of MLX's ways. A GPU takes MLX's fused kernels.
-
-
-def available_cores() -> list[int]:
-    """The cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count()))
-
-
-def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
-    """Streams to share a batch out among. On a CPU, where MLX runs a stream on one thread: at most
-    `n`, and at most this process's share of the cores, which `n_sharing` processes have; the
-    threads of the BLAS are divided among them. On a GPU: the default stream.
-    """
-    if not ON_CPU:
-        return [mx.default_stream(mx.default_device())]
-    keep_freed_memory()
-    n_cores = len(available_cores())
-    n = min(n, max(1, n_cores // n_sharing))
-    if FAST_BLAS:
-        FAST_BLAS.MKL_Set_Num_Threads(max(1, n_cores // (n * n_sharing)))
-    return [mx.new_stream(mx.cpu) for _ in range(n)]
-
-
-def set_portions(training: bool) -> None:
-    """Set how many megabytes of arrays the work that CUDA is handed at once may touch, unless the
-    user has. To be called before MLX computes anything.
-
-    Small portions hold less memory while they wait. Between two the GPU idles, so that generating
-    takes one for all layers.
-    """
-    if mx.cuda.is_available():  # Metal would heed it as well
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
 
 
 def exp(x: mx.array) -> mx.array:
@@ -175,7 +106,7 @@ def swiglu_on_gpu_vjp(
 
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """`silu(gate) * up`."""
-    return swiglu_on_cpu(gate, up)[0] if ON_CPU else swiglu_on_gpu(gate, up)
+    return swiglu_on_cpu(gate, up)[0] if device.ON_CPU else swiglu_on_gpu(gate, up)
 
 
 @mx.custom_function
@@ -208,7 +139,7 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     logits: (..., V); targets: (...) integer. Gives (...). The gradient is that of softmax, minus
     one at the target.
     """
-    if ON_CPU:
+    if device.ON_CPU:
         return cross_entropy_on_cpu(logits.astype(mx.float32), targets)[0]
     return mx.fast.cross_entropy(logits, targets)
 
@@ -259,7 +190,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, scale: float) ->
     """
     batch, n_heads, length, head_dim = queries.shape
     n_kv_heads, positions = keys.shape[1:3]
-    if not ON_CPU:
+    if not device.ON_CPU:
         mask = "causal" if length > 1 else None
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     blocks = []
@@ -341,7 +272,7 @@ def rotate(x: mx.array, offset: int | mx.array, theta: float, training: bool = F
     array. Gives the same shape. In `training`, CUDA has a kernel for it and for its gradient.
     """
     batch, length, heads, head_dim = x.shape
-    if ON_CPU:
+    if device.ON_CPU:
         tables = rotation(offset, length, head_dim, theta)
         return rotate_on_cpu(x, *(table.astype(x.dtype) for table in tables))
     if training and has_kernels(x):
@@ -612,7 +543,7 @@ class Model(nn.Module):
 # the limit, and beside a GPU the time that the processor takes to hand out the operations.
 
 # On a CPU, MLX's own product with quantized weights keeps one core busy and no more.
-CORES = [mx.new_stream(mx.cpu) for _ in available_cores()[:4]] if ON_CPU else []
+CORES = [mx.new_stream(mx.cpu) for _ in device.available_cores()[:4]] if device.ON_CPU else []
 WORTH_SHARING = 2**18  # bytes of weights; for fewer, to meet again costs more than cores save
 
 
@@ -665,7 +596,9 @@ class VectorProduct:
         ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
         names = list(linears[0].parameters())  # the weights, quantized with scales and biases
         self.weights = [[linear[name] for name in names] for linear in linears]
-        if len(linears) > 1 and not ON_CPU:  # there a product more costs less than to copy weights
+        if (
+            len(linears) > 1 and not device.ON_CPU
+        ):  # there a product more costs less than to copy weights
             joined = [mx.concatenate(arrays) for arrays in zip(*self.weights, strict=True)]
             for name, whole in zip(names, joined, strict=True):
                 for linear, part in zip(linears, mx.split(whole, ends[:-1]), strict=True):
@@ -724,14 +657,14 @@ def separate_layers(model: Model) -> Callable:
     positions, and that puts its keys and values into a cache with room for them.
     """
     # What comes before each layer's attention and what after it. A GPU has each compiled.
-    compiled = (lambda function: function) if ON_CPU else mx.compile
+    compiled = (lambda function: function) if device.ON_CPU else mx.compile
     pieces = [
         (compiled(before_attention(layer)), compiled(after_attention(layer)))
         for layer in model.layers
     ]
 
     def run(x: mx.array, seen: int, cache: list[list[mx.array]]) -> mx.array:
-        position = seen if ON_CPU else mx.array(seen)  # or each would be compiled anew
+        position = seen if device.ON_CPU else mx.array(seen)  # or each would be compiled anew
         new = slice(None), slice(None), slice(seen, seen + 1)
         filled = slice(None), slice(None), slice(0, seen + 1)
         for layer, (before, after), (keys, values) in zip(model.layers, pieces, cache, strict=True):
@@ -771,7 +704,9 @@ def after_attention(layer: TransformerBlock) -> Callable:
     def after(x: mx.array, attended: mx.array) -> mx.array:
         x = x + wo(attended.reshape(1, 1, -1))
         gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
-        return x + w2(swiglu(gate, up) if ON_CPU else nn.silu(gate) * up)  # one kernel, compiled
+        return x + w2(
+            swiglu(gate, up) if device.ON_CPU else nn.silu(gate) * up
+        )  # one kernel, compiled
 
     return after
 
@@ -913,7 +848,7 @@ def compile_cuda(source: str, constants: tuple[tuple[str, object], ...]) -> byte
 
 def has_kernels(x: mx.array) -> bool:
     """Whether TRAINING_KERNELS serve for arrays like this one."""
-    if ON_CPU or not mx.cuda.is_available() or x.shape[-1] % 8 or x.size // 8 >= 2**31:
+    if not device.has_cuda() or x.shape[-1] % 8 or x.size // 8 >= 2**31:
         return False
     return training_kernels(x.dtype) is not None
 
@@ -1359,7 +1294,7 @@ def fused_layers(model: Model) -> Callable | None:
     Its code is made once in a process, in half a second to one. As the blocks of a kernel wait for
     each other, and fill the GPU, no two of them may run at once.
     """
-    if ON_CPU or not mx.cuda.is_available():
+    if not device.has_cuda():
         return None
     n_multiprocessors, shared_memory = cuda_attribute(16), cuda_attribute(97)  # of a block, at most
     has_room = shared_memory >= SHARED_MEMORY + ATTENTION_MEMORY

@@ -1,9 +1,11 @@
 """What the scripts share, and what the documented example does not have; one subject a file.
 
 Scripts import parts, parts never import scripts. What the readers of the data set script start
-with (all but near_copies) imports neither MLX nor NumPy.
+with (all but near_copies) imports neither MLX nor NumPy; a module that imports MLX imports device
+before it.
 
 python_version    one line where Python is too old
+device            which device computes, and its BLAS, streams and memory
 files             what a file holds, whatever its name says; text as editors write it
 legacy_torch      the files of torch before 1.6
 records           a line of JSONL to a text

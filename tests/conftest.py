@@ -16,11 +16,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from models import Model, ModelArgs  # noqa: E402  before MLX, for its BLAS
+from parts import device  # noqa: E402, F401  before MLX, for its BLAS
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
+
+from models import Model, ModelArgs  # noqa: E402
 
 # A shell starts what it puts into the background deaf to Ctrl-C; what the tests start would be too.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,13 +13,14 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-import models
+from parts import device  # before MLX, for its BLAS
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 import lora
+import models
 from lora import digest
 
 N_BLOCKS, THREADS = 5, 64
@@ -169,7 +170,7 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
         names.append(name)
         return outputs
 
-    monkeypatch.setattr(models, "ON_CPU", False)
+    monkeypatch.setattr(device, "ON_CPU", False)
     monkeypatch.setattr(models, "THREADS", THREADS)
     monkeypatch.setattr(models, "compile_cuda", compile_with_gxx)
     attributes = {16: N_BLOCKS, 97: 100_000}

@@ -8,14 +8,15 @@ import torch
 import transformers
 from conftest import TINY
 
-import models
-from models import Decoder, Linear, LoRALinear, Model, ModelArgs
+from parts import device  # before MLX, for its BLAS
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import lora
+import models
+from models import Decoder, Linear, LoRALinear, Model, ModelArgs
 
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -133,10 +134,9 @@ def test_two_continuations_of_one_cache_do_not_disturb_each_other():
 
 def go_as_on_a_gpu(monkeypatch) -> None:
     """Have a CPU compute what a GPU does, but for the kernels of CUDA."""
-    if models.ON_CPU and not shutil.which("g++"):
+    if device.ON_CPU and not shutil.which("g++"):
         pytest.skip("MLX compiles for a CPU with g++")
-    monkeypatch.setattr(models, "ON_CPU", False)
-    monkeypatch.setattr(lora, "ON_CPU", False)
+    monkeypatch.setattr(device, "ON_CPU", False)
 
 
 @pytest.fixture(params=["here", "as on a GPU"])

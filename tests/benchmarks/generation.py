@@ -45,9 +45,9 @@ def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> Callable:
 def prepare_mlx_lm_fast_blas(*args) -> Callable:
     """mlx-lm with the BLAS that we load."""
     sys.path.insert(0, str(ROOT))
-    import models
+    from parts import device
 
-    assert models.FAST_BLAS, "there is no other BLAS here"
+    assert device.FAST_BLAS, "there is no other BLAS here"
     return prepare_mlx_lm(*args)
 
 

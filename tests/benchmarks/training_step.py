@@ -33,7 +33,8 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
     import lora
-    from models import Model, ModelArgs, set_portions
+    from models import Model, ModelArgs
+    from parts.device import set_portions
 
     import mlx.core as mx
     import mlx.nn as nn
@@ -206,9 +207,9 @@ def prepare_peft(
 def prepare_mlx_lm_fast_blas(*args) -> tuple[Callable, Callable]:
     """mlx-lm with the BLAS that we load."""
     sys.path.insert(0, str(ROOT))
-    import models
+    from parts import device
 
-    assert models.FAST_BLAS, "there is no other BLAS here"
+    assert device.FAST_BLAS, "there is no other BLAS here"
     return prepare_mlx_lm(*args)
 
 
