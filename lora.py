@@ -28,6 +28,7 @@ import sys
 import threading
 import time
 import zipfile
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -63,6 +64,7 @@ QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, besid
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
+AHEAD = 2  # layers of a prompt that are handed to the device while it computes another
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
 MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
@@ -1331,12 +1333,24 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
 
 
 def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
-    """The key-value cache after `ids`, which go through the model in pieces; None without any."""
-    cache = None
+    """The key-value cache after `ids`, which go through the model in pieces; None without any.
+
+    A layer is handed out when all but the `AHEAD` layers right before it are computed, so that the
+    device never waits for the processor, and yet no more layers hold what they work with, such as
+    dequantized weights.
+    """
+    cache = [None] * len(model.layers)
     for start in range(0, len(ids), PREFILL):
-        _, cache = model(mx.array([ids[start : start + PREFILL]]), cache)
-        mx.eval(cache)  # and nothing that only the logits need
-    return cache
+        x = model.tok_embeddings(mx.array([ids[start : start + PREFILL]]))
+        waiting = deque()
+        for i, layer in enumerate(model.layers):
+            x, cache[i] = layer(x, cache[i])
+            mx.async_eval(cache[i])  # and not x, which only the logits need after the last layer
+            waiting.append(cache[i])
+            if len(waiting) > AHEAD:
+                mx.eval(waiting.popleft())
+        mx.eval(cache)
+    return cache if ids else None
 
 
 def generate_ids(

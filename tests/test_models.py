@@ -326,3 +326,16 @@ def test_a_quantized_layer_computes_what_its_dequantized_weights_say_and_so_does
         np.testing.assert_allclose(layer(mx.array(x)), x @ weight.T, atol=1e-4)
         gradient = mx.grad(lambda x, u=upstream: (layer(x) * mx.array(u)).sum())(mx.array(x))
         np.testing.assert_allclose(gradient, upstream @ weight, atol=1e-4)
+
+
+def test_a_prompt_holds_the_dequantized_weights_of_few_layers():
+    """A GPU that is handed all layers at once holds those of all of them, in 16 bits."""
+    args = ModelArgs(256, 12, 64, 512, 4, 2, 1e-5, 300)
+    model = Model(args).eval()
+    nn.quantize(model, 32, 4, class_predicate=lambda name, m: isinstance(m, Linear))
+    mx.eval(model.parameters())
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    lora.read_prompt(model, [1] * 40)
+    a_layer = 4 * 256 * (2 * 256 + 2 * 128 + 3 * 512)
+    assert mx.get_peak_memory() - before < 6 * a_layer

@@ -2,14 +2,18 @@
 
     python tests/benchmarks/generation.py --shape small --bits 16 4
     python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 16 4
+    python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 4 --prompt 1000 \\
+        --tokens 16 --contenders ours mlx-lm
 
 Every contender runs in a process of its own, in turns: greedy, a prompt of --prompt tokens, then
---tokens more. The second run of each process counts, since the first compiles kernels. The last
-column is the time of a token at the end to that of the 100th. Needs mlx-lm and transformers.
+--tokens more. The second run of each process counts, since the first compiles kernels. Columns: the
+time up to the first token, which is the prompt's, the peak of memory, weights included, and the
+time of a token at the end to that of the 100th. Needs mlx-lm and transformers.
 """
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -94,15 +98,38 @@ def measure(args: argparse.Namespace) -> dict:
     vocabulary = SHAPES[args.shape][5]
     prompt = np.random.default_rng(0).integers(0, vocabulary, args.prompt).tolist()
     for _ in range(2):
+        reset_peak_memory()
         times = [time.perf_counter()]
         for count, _token in enumerate(start(prompt, args.tokens), start=1):
             times.append(time.perf_counter())
             if count == args.tokens:
                 break
-    steps = np.diff(times)[1:]
-    early = np.median(steps[100 - WINDOW // 2 : 100 + WINDOW // 2])
-    growth = float(np.median(steps[-WINDOW:]) / early) if len(steps) > 150 else None
-    return {"speed": args.tokens / (times[-1] - times[0]), "growth": growth}
+    steps, growth = np.diff(times)[1:], None
+    if len(steps) > 150:
+        early = np.median(steps[100 - WINDOW // 2 : 100 + WINDOW // 2])
+        growth = float(np.median(steps[-WINDOW:]) / early)
+    return {
+        "speed": args.tokens / (times[-1] - times[0]),
+        "prompt": times[1] - times[0],
+        "peak": peak_memory() / 1e9,
+        "growth": growth,
+    }
+
+
+def reset_peak_memory() -> None:
+    """Of whichever library this process has loaded."""
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].reset_peak_memory()
+    elif sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.reset_peak_memory_stats()
+
+
+def peak_memory() -> float:
+    """Bytes since `reset_peak_memory`; nothing of torch on a CPU, which does not tell."""
+    if "mlx.core" in sys.modules:
+        return sys.modules["mlx.core"].get_peak_memory()
+    cuda = sys.modules["torch"].cuda
+    return cuda.max_memory_allocated() if cuda.is_available() else math.nan
 
 
 def main() -> None:
@@ -123,8 +150,9 @@ def main() -> None:
     print(f"{args.shape}, {args.dtype}, {args.tokens} tokens after {args.prompt}")
     print(f"medians of {args.rounds} rounds\n")
     print(
-        "| | bits | tokens/s | ours to it | a late token to an early one |\n|---|---|---|---|---|"
+        "| | bits | tokens/s | ours to it | prompt, ms | peak, GB | a late token to an early one |"
     )
+    print("|---|---|---|---|---|---|---|")
     for bits in args.bits:
         names = [n for n in args.contenders if bits == 16 or n != "transformers"]
         results = {name: [] for name in names}
@@ -139,15 +167,22 @@ def main() -> None:
                     print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
                     continue
                 results[name].append(json.loads(output.stdout.splitlines()[-1]))
-        ours = statistics.median(run["speed"] for run in results["ours"])
+        ours = median(results["ours"], "speed")
         for name, runs in results.items():
             if runs:
-                speed = statistics.median(run["speed"] for run in runs)
-                growth = [run["growth"] for run in runs if run["growth"]]
-                late = f"{statistics.median(growth):.2f}" if growth else ""
+                speed, growth = median(runs, "speed"), median(runs, "growth")
                 print(
-                    f"| {name} | {bits} | {speed:.1f} | {ours / speed:.2f} | {late} |", flush=True
+                    f"| {name} | {bits} | {speed:.1f} | {ours / speed:.2f} "
+                    f"| {1000 * median(runs, 'prompt'):.1f} | {median(runs, 'peak'):.2f} "
+                    f"| {growth:.2f} |".replace("nan", ""),
+                    flush=True,
                 )
+
+
+def median(runs: list[dict], key: str) -> float:
+    """Over the runs that have it; NaN where none has."""
+    values = [run[key] for run in runs if run[key] is not None]
+    return statistics.median(values) if values else math.nan
 
 
 if __name__ == "__main__":
