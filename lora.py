@@ -301,6 +301,7 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.size, self.n_sharing = 0, 1, 1
+        self.sum_on_gpu = False  # by NCCL
         self.saving = threading.Lock()  # held while files are written: a process does not end then
         self._group: mx.distributed.Group | None = None
         self._peers: dict[int, socket.socket] = {}
@@ -326,6 +327,7 @@ class Ranks:
             raise RuntimeError(f"rank {rank} does not reach the others: {error}") from error
         signal.alarm(0)
         ranks.rank, ranks.size = ranks._group.rank(), ranks._group.size()
+        ranks.sum_on_gpu = backend == "nccl"
         boot = Path("/proc/sys/kernel/random/boot_id")  # of this machine, whatever its names
         machine = boot.read_text() if boot.exists() else platform.node()
         machines = ranks.gather(machine + digest(repr(available_cores()).encode()))
@@ -779,6 +781,7 @@ def train(
         say(f"Iter {iteration}: Val loss {value:.3f}, Val took {took:.3f}s")
         if math.isfinite(value):
             log.add(iteration, val_loss=value)
+        ranks.add(0)  # the others wait here, and not in a step, for rank 0, which draws
         return True
 
     def evaluates(iteration: int) -> bool:
@@ -941,6 +944,9 @@ def make_step(
     one vector of float32 travels, of the gradients and three numbers more. What the function
     gives is still being computed when it returns, so that the next batch is made meanwhile. On a
     GPU the step is compiled, which joins its small kernels; on a CPU that gains nothing.
+
+    NCCL's sum is the GPU's own work, and part of the step. Any other is waited for by the processor
+    between two halves: macOS ends a GPU's work that waits for some seconds, as for a slower rank.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
     vector = {"lora": to_vector(model.trainable_parameters())}
@@ -952,14 +958,16 @@ def make_step(
         (value, n_tokens), gradients = loss_and_grad(model, *rows)
         return mx.concatenate([to_vector(gradients), mx.stack([value, mx.array(1.0)])]) * n_tokens
 
-    def step(stopping: mx.array, *batch: mx.array) -> tuple[mx.array, ...]:
+    def add_up(stopping: mx.array, *batch: mx.array) -> mx.array:
+        matrices = model.trainable_parameters()
         shares = on_each(streams, share, *batch, ranks=ranks)
+        model.update(matrices)  # for which `loss_and_grad` leaves what it traced
         total = sum(shares) if shares else mx.zeros(n_values + 2)
-        if ranks.size > 1:
-            total = ranks.sum(mx.concatenate([total, stopping[None]]))
-            total, stopping = total[:-1], total[-1]
-        n_tokens = total[-1]
-        gradient, value = total[:-2] / n_tokens, total[-2] / n_tokens
+        return mx.concatenate([total, stopping[None]])
+
+    def update(total: mx.array) -> tuple[mx.array, ...]:
+        n_tokens, stopping = total[-2], total[-1]
+        gradient, value = total[:-3] / n_tokens, total[-3] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
         finite = mx.isfinite(total.sum())
         moments = tree_map(lambda value: value, optimizer.state)
@@ -970,7 +978,22 @@ def make_step(
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
         return value, n_tokens, finite, stopping
 
-    compiled = step if device.ON_CPU else mx.compile(step, inputs=state, outputs=state)
+    def step_at_once(*batch: mx.array) -> tuple[mx.array, ...]:
+        return update(ranks.sum(add_up(*batch)))
+
+    def step_in_halves(*batch: mx.array) -> tuple[mx.array, ...]:
+        total = add_up(*batch)
+        mx.eval(total)
+        total = ranks.sum(total)
+        mx.eval(total)
+        return update(total)
+
+    if ranks.size == 1 or ranks.sum_on_gpu:
+        step = device.compiled(step_at_once, inputs=state, outputs=state)
+    else:
+        add_up = device.compiled(add_up, inputs=state)
+        update = device.compiled(update, inputs=state, outputs=state)
+        step = step_in_halves
 
     longest = 0
 
@@ -980,7 +1003,7 @@ def make_step(
         if is_longest:  # what a step takes at least: none of its work may queue up
             mx.eval(state)
             mx.set_memory_limit(mx.get_active_memory())
-        result = compiled(mx.array(float(stopping)), *batch)
+        result = step(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
         if is_longest:  # that, and a little for work that waits; rather than queue more, MLX does
             mx.eval(state)

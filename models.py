@@ -657,9 +657,8 @@ def separate_layers(model: Model) -> Callable:
     positions, and that puts its keys and values into a cache with room for them.
     """
     # What comes before each layer's attention and what after it. A GPU has each compiled.
-    compiled = (lambda function: function) if device.ON_CPU else mx.compile
     pieces = [
-        (compiled(before_attention(layer)), compiled(after_attention(layer)))
+        (device.compiled(before_attention(layer)), device.compiled(after_attention(layer)))
         for layer in model.layers
     ]
 

@@ -8,6 +8,7 @@ import ctypes
 import importlib.metadata
 import os
 import sys
+from collections.abc import Callable
 
 
 def load_fast_blas() -> ctypes.CDLL | None:
@@ -94,3 +95,10 @@ def set_portions(training: bool) -> None:
     """
     if has_cuda():  # Metal would heed it as well
         os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "200" if training else "20000")
+
+
+def compiled(function: Callable, **state: list) -> Callable:
+    """The function as `mx.compile` makes it, which joins a GPU's small kernels; on a CPU, where
+    that gains nothing and needs a C++ compiler, as it is. `state`: `inputs` and `outputs` of it.
+    """
+    return function if ON_CPU else mx.compile(function, **state)
