@@ -41,7 +41,7 @@ from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
 from parts import device  # before MLX, for its BLAS
-from parts.device import available_cores, open_streams, set_portions
+from parts.device import available_cores, check_memory, open_streams, set_portions
 from parts.files import check_content, decode_text, is_safetensors
 from parts.records import parse_record
 from parts.run_files import PLOT_TITLE, find_siblings, parse_entry, sibling
@@ -60,7 +60,6 @@ ADAPTER_KEY = re.compile(
     rf"layers\.(0|[1-9]\d{{0,3}})\.attention\.({'|'.join(LORA_PROJECTIONS)})\.lora_[ab]"
 )
 FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
-QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
 PREFILL = 512  # positions of a prompt that go through the model at once
@@ -135,7 +134,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
-        help="type to compute in; auto is float32 on a CPU and bfloat16 on a GPU",
+        help="type to compute in; auto is float32 on a CPU and bfloat16 on a GPU, but float16 to "
+        "generate on an M1 or M2",
     )
     add(group, "--seed", type=seed, default=0, help="seed of all random numbers")
 
@@ -695,16 +695,19 @@ def evaluate(
     n_batches = n_all if num_batches == -1 else min(num_batches, n_all)
     batches = itertools.islice(iterate_batches(dataset, tokenizer, batch_size), n_batches)
     streams = streams or open_streams(batch_size // ranks.size, ranks.n_sharing)
-    for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
-        parts = on_each(streams, partial(loss, model), *batch, ranks=ranks)
-        mx.eval(parts)
-        batch_loss = sum(mean.item() * n_tokens.item() for mean, n_tokens in parts)
-        batch_tokens = sum(n_tokens.item() for _, n_tokens in parts)
-        batch_loss, batch_tokens, stopping = ranks.add(batch_loss, batch_tokens, stop())
-        total_loss += batch_loss
-        total_tokens += batch_tokens
-        if stopping:
-            return None
+    compute = partial(on_each, streams, partial(loss, model), ranks=ranks)
+    compute = device.bounded(compute, [], queues=False)
+    with device.limits_restored():
+        for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
+            parts = compute(*batch)
+            mx.eval(parts)
+            batch_loss = sum(mean.item() * n_tokens.item() for mean, n_tokens in parts)
+            batch_tokens = sum(n_tokens.item() for _, n_tokens in parts)
+            batch_loss, batch_tokens, stopping = ranks.add(batch_loss, batch_tokens, stop())
+            total_loss += batch_loss
+            total_tokens += batch_tokens
+            if stopping:
+                return None
     return total_loss / total_tokens
 
 
@@ -793,7 +796,7 @@ def train(
 
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
-    with catch_signals() as caught, memory_limit_restored(), at_failing_output(rescue):
+    with catch_signals() as caught, device.limits_restored(), at_failing_output(rescue):
         result = None
         # At the start, or what a signal broke off, which the log does not have.
         validated = {entry["iteration"] for entry in entries if entry["val_loss"] is not None}
@@ -846,17 +849,6 @@ def train(
         raise Stopped(caught, iteration)
     model.grad_checkpoint = False
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
-
-
-@contextmanager
-def memory_limit_restored() -> Iterator[None]:
-    """MLX's memory limit is at the end as it was, however that comes."""
-    limit = mx.set_memory_limit(0)  # which tells the one before
-    mx.set_memory_limit(limit)
-    try:
-        yield
-    finally:
-        mx.set_memory_limit(limit)
 
 
 @contextmanager
@@ -995,23 +987,12 @@ def make_step(
         update = device.compiled(update, inputs=state, outputs=state)
         step = step_in_halves
 
-    longest = 0
-
     def start_step(*batch: mx.array, stopping: bool = False) -> tuple[mx.array, ...]:
-        nonlocal longest
-        is_longest = device.has_cuda() and batch[0].shape[1] > longest
-        if is_longest:  # what a step takes at least: none of its work may queue up
-            mx.eval(state)
-            mx.set_memory_limit(mx.get_active_memory())
         result = step(mx.array(float(stopping)), *batch)
         mx.async_eval(result, state)
-        if is_longest:  # that, and a little for work that waits; rather than queue more, MLX does
-            mx.eval(state)
-            mx.set_memory_limit(mx.get_peak_memory() + QUEUE_ROOM)
-            longest = batch[0].shape[1]
         return result
 
-    return start_step
+    return device.bounded(start_step, state)
 
 
 def to_vector(tree: dict) -> mx.array:
@@ -1334,8 +1315,9 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     ids = timed(ids, times)
     ids = itertools.islice(ids, args.num_tokens)
     ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
-    for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
-        print(piece, end="", flush=True)
+    with device.wired():
+        for piece in decode_stream(ids, tokenizer, prompt_ids, args.write_every):
+            print(piece, end="", flush=True)
     print(flush=True)
     speed = ""  # one token alone has none
     if len(times) > 2:
@@ -1373,6 +1355,7 @@ def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
             if len(waiting) > AHEAD:
                 mx.eval(waiting.popleft())
         mx.eval(cache)
+    device.give_back_memory()
     return cache if ids else None
 
 
@@ -1410,10 +1393,9 @@ def generate_ids(
 def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model, Tokenizer]:
     """The model and the tokenizer that convert.py wrote into `folder`.
 
-    Floating-point weights come in `dtype`: by default float32 on a CPU, where half precision has no
-    fast product, and bfloat16 on a GPU, which cannot overflow where float16 does.
+    Floating-point weights come in `dtype`, by default the device's.
     Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
-    MemoryError when a CPU's memory does not hold the weights.
+    MemoryError when the memory does not hold the weights.
     """
     folder = Path(folder)
     for name in ("params.json", "weights.npz", "tokenizer.model"):
@@ -1430,8 +1412,7 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
             f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
-    dtype = dtype or (mx.float32 if device.ON_CPU else mx.bfloat16)
-    load_weights(model, folder / "weights.npz", dtype)
+    load_weights(model, folder / "weights.npz", dtype or device.default_dtype())
     return model, tokenizer
 
 
@@ -1489,21 +1470,7 @@ def load_weights(model: Model, path: Path, dtype: mx.Dtype) -> None:
         expected[name] = value
     archive.close()
     model.update(tree_unflatten(list(expected.items())))
-
-
-def check_memory(needed: int) -> None:
-    """Raise MemoryError when a Linux machine that computes on its CPU lacks the bytes that the
-    weights need. Else the system would kill the process.
-    """
-    meminfo = Path("/proc/meminfo")
-    if not (device.ON_CPU and meminfo.exists()):
-        return
-    available = 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
-    if needed > available:
-        raise MemoryError(
-            f"the weights take {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are "
-            "free: convert the model with -q, or give --dtype bfloat16, which is slower on a CPU"
-        )
+    device.give_back_memory()
 
 
 def read_adapter(path: str | Path, ranks: Ranks = ALONE) -> dict[str, np.ndarray]:
@@ -1602,7 +1569,9 @@ def prepare(
         check_arguments(args, ranks.size, writes=ranks.rank == 0)
         sets = load(args)  # before the model, since a mistake there shows at once
         say("Loading pretrained model")
-        prepared = sets, *load_model(args.model, DTYPES.get(args.dtype))
+        generating = not (args.train or args.test)
+        dtype = DTYPES.get(args.dtype) or device.default_dtype(generating)
+        prepared = sets, *load_model(args.model, dtype)
         if ranks.size == 1:
             return prepared
         identity = describe_input(args, sets)

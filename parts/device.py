@@ -6,9 +6,13 @@ attribute of the module, so that a test has one lever.
 
 import ctypes
 import importlib.metadata
+import math
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 def load_fast_blas() -> ctypes.CDLL | None:
@@ -41,6 +45,9 @@ FAST_BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 
+QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
+WITHOUT_BFLOAT16 = re.compile(r"applegpu_g1[34]")  # Apple's M1 and M2, which emulate it
+
 # For tests: `MLX_LORA_DEVICE=metal` has a CPU take the path of a Mac's GPU. It computes the same,
 # in the same dtypes and with the same operations, only more slowly.
 TURNED = os.environ.get("MLX_LORA_DEVICE") == "metal"
@@ -50,6 +57,11 @@ ON_CPU = mx.default_device() == mx.Device(mx.cpu) and not TURNED
 def has_cuda() -> bool:
     """Whether an NVIDIA GPU computes. A GPU without CUDA is Metal's."""
     return not ON_CPU and mx.cuda.is_available()
+
+
+def has_metal() -> bool:
+    """Whether a Mac's GPU computes, or a CPU in its place."""
+    return not ON_CPU and not mx.cuda.is_available()
 
 
 if ON_CPU:
@@ -102,3 +114,117 @@ def compiled(function: Callable, **state: list) -> Callable:
     that gains nothing and needs a C++ compiler, as it is. `state`: `inputs` and `outputs` of it.
     """
     return function if ON_CPU else mx.compile(function, **state)
+
+
+# -------------------------------------------------------------------------------------------------
+# Memory
+
+
+def default_dtype(generating: bool = False) -> mx.Dtype:
+    """What `--dtype auto` computes in: float32 on a CPU, where half precision has no fast product,
+    and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU that has no
+    bfloat16 takes float16.
+    """
+    if ON_CPU:
+        return mx.float32
+    lacks_it = WITHOUT_BFLOAT16.match(mx.device_info()["architecture"])
+    return mx.float16 if generating and lacks_it else mx.bfloat16
+
+
+def working_set() -> int | None:
+    """The bytes that macOS recommends that its GPU work with at most; None for other devices."""
+    return mx.device_info().get("max_recommended_working_set_size") if has_metal() else None
+
+
+def check_memory(needed: int) -> None:
+    """Raise MemoryError when the memory lacks the bytes that the weights need: of a Linux machine
+    that computes on its CPU, where the system would kill the process, or of a Mac's GPU.
+    """
+    available, whose = working_set(), " for the GPU"
+    if available is None and mx.default_device() == mx.Device(mx.cpu):
+        available, whose = free_memory(), ""
+    if available is not None and needed > available:
+        instead = ", or give --dtype bfloat16, which is slower on a CPU" if ON_CPU else ""
+        raise MemoryError(
+            f"the weights take {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are "
+            f"free{whose}: convert the model with -q{instead}"
+        )
+
+
+def free_memory() -> int | None:
+    """The bytes of memory that processes can still have; None where Linux does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+
+
+def give_back_memory() -> None:
+    """On Metal, give the system the memory of freed arrays, which MLX keeps for others of the same
+    size. For when those that follow have other sizes.
+    """
+    if has_metal():
+        mx.clear_cache()
+
+
+@contextmanager
+def wired() -> Iterator[None]:
+    """On Metal, what is computed with stays in memory, and is not made ready anew for each token.
+    On macOS before 15 this does nothing.
+    """
+    limit = working_set()
+    if limit is None:
+        yield
+        return
+    before = mx.set_wired_limit(limit)
+    try:
+        yield
+    finally:
+        mx.synchronize()
+        mx.set_wired_limit(before)
+
+
+@contextmanager
+def limits_restored() -> Iterator[None]:
+    """MLX's limits of memory and of freed memory are at the end as they were."""
+    setters = mx.set_memory_limit, mx.set_cache_limit
+    limits = [set_limit(0) for set_limit in setters]  # which tells the one before
+    for set_limit, limit in zip(setters, limits, strict=True):
+        set_limit(limit)
+    try:
+        yield
+    finally:
+        for set_limit, limit in zip(setters, limits, strict=True):
+            set_limit(limit)
+
+
+def bounded(start: Callable, state: list, queues: bool = True) -> Callable:
+    """A step that on a GPU leaves MLX no more memory than its longest batch needs.
+
+    `start` takes the inputs (B, L) of a batch first, and gives arrays that are still being
+    computed, as `state` is. A batch longer than all before is waited for, and shows the need. With
+    CUDA the limit is on the work that waits, where a step `queues` behind another: rather than
+    queue more, MLX waits. With Metal it is on the memory of freed arrays, since those of one length
+    do not serve another.
+    """
+    longest = math.inf if ON_CPU or (has_cuda() and not queues) else 0
+
+    def start_bounded(inputs: mx.array, *others: mx.array, **options) -> object:
+        nonlocal longest
+        if inputs.shape[1] <= longest:
+            return start(inputs, *others, **options)
+        mx.eval(state)
+        if has_cuda():  # what a step takes at least: none of its work may queue up
+            mx.set_memory_limit(mx.get_active_memory())
+        else:
+            mx.clear_cache()
+        result = start(inputs, *others, **options)
+        mx.eval(result, state)
+        if has_cuda():
+            mx.set_memory_limit(mx.get_peak_memory() + QUEUE_ROOM)
+        else:
+            mx.set_cache_limit(mx.get_peak_memory() - mx.get_active_memory())
+        longest = inputs.shape[1]
+        return result
+
+    return start_bounded

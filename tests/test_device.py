@@ -7,13 +7,25 @@ import io
 import numpy as np
 import pytest
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 
 import mlx.core as mx
 
 import lora
 from models import Model, ModelArgs
 
+# What `mx.device_info` tells on Macs with 16 GB.
+MACS = {
+    chip: {
+        "architecture": f"applegpu_g{generation}",
+        "device_name": f"Apple {chip}",
+        "max_buffer_length": 9534832640,
+        "max_recommended_working_set_size": 12713115648,
+        "memory_size": 17179869184,
+        "resource_limit": 499000,
+    }
+    for chip, generation in (("M1", "13g"), ("M2 Max", "14s"), ("M3", "15g"), ("M4 Pro", "16s"))
+}
 SMALL = ModelArgs(32, 2, 16, 48, 2, 1, 1e-5, 50)
 
 
@@ -47,3 +59,60 @@ def test_the_sum_of_ranks_is_waited_for_outside_of_the_step_but_for_that_of_nccl
         result = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), lengths)
     mx.eval(result)
     assert [n > 0 for n in ranks.pending] == [on_gpu, on_gpu]
+
+
+# -------------------------------------------------------------------------------------------------
+# Memory and dtypes
+
+
+@pytest.fixture
+def on_metal(monkeypatch) -> None:
+    monkeypatch.setattr(device, "ON_CPU", False)
+    if mx.cuda.is_available():
+        pytest.skip("a GPU of NVIDIA's is none of Apple's")
+
+
+@pytest.mark.usefixtures("on_metal")
+@pytest.mark.parametrize("chip", MACS)
+def test_a_gpu_without_bfloat16_generates_in_float16_and_trains_in_bfloat16(chip, monkeypatch):
+    monkeypatch.setattr(mx, "device_info", lambda: MACS[chip])
+    assert device.default_dtype() == mx.bfloat16
+    expected = mx.float16 if chip in ("M1", "M2 Max") else mx.bfloat16
+    assert device.default_dtype(generating=True) == expected
+
+
+@pytest.mark.usefixtures("on_metal")
+def test_a_model_that_a_macs_gpu_does_not_hold_is_refused_and_one_that_it_holds_is_wired(
+    monkeypatch,
+):
+    monkeypatch.setattr(mx, "device_info", lambda: MACS["M3"])
+    limit = MACS["M3"]["max_recommended_working_set_size"]
+    device.check_memory(limit)
+    with pytest.raises(
+        MemoryError, match=r"take 11\.8 GiB of memory and 11\.8 are free for the GPU"
+    ):
+        device.check_memory(limit + 1)
+    limits = [0]  # a CPU has none, and forgets what it is told
+    monkeypatch.setattr(mx, "set_wired_limit", lambda new: limits.append(new) or limits[-2])
+    with device.wired():
+        assert limits == [0, limit]
+    assert limits == [0, limit, 0]
+
+
+def test_mlx_keeps_no_more_freed_memory_than_the_longest_batch_needs(on_metal):
+    """Of a CPU, MLX keeps 32 MB; of a Mac's GPU, all that there is."""
+    model = Model(SMALL)
+    lora.add_lora(model, [1])
+    before = mx.set_cache_limit(2**40)
+    mx.set_cache_limit(before)
+    with device.limits_restored():
+        mx.set_cache_limit(2**40)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        step = lora.make_step(model, lora.optim.Adam(1e-3), lora.loss, lora.open_streams(1))
+        for length in (64, 128, 96, 72, 56, 120, 104):
+            tokens = mx.ones((4, length), mx.int32)
+            mx.eval(step(tokens, tokens, mx.array([length] * 4)))
+        kept, limit = mx.get_cache_memory(), mx.set_cache_limit(0)
+        assert 0 < kept <= limit <= 1.01 * (mx.get_peak_memory() - mx.get_active_memory())
+    assert mx.set_cache_limit(before) == before
