@@ -794,9 +794,16 @@ def train(
         if iteration > done_before and ranks.size == 1:
             save_step(iteration, done, seconds)
 
+    computed = Computed(model, optimizer, done_before)
+
     left = range(done_before + 1, args.iters + 1)
     bar = tqdm(left, "Training", total=args.iters, initial=done_before, disable=None)
-    with catch_signals() as caught, device.limits_restored(), at_failing_output(rescue):
+    with (
+        catch_signals() as caught,
+        device.limits_restored(),
+        at_failing_output(rescue),
+        at_failing_device(computed, identity, args.adapter_file, ranks),
+    ):
         result = None
         # At the start, or what a signal broke off, which the log does not have.
         validated = {entry["iteration"] for entry in entries if entry["val_loss"] is not None}
@@ -829,6 +836,8 @@ def train(
                 )  # fmt: skip
                 bar.set_postfix_str(f"loss {mean:.3f}, {speed:,.0f} tokens/s")
                 done, seconds = [], 0.0
+            if report or evaluation or save:
+                computed.keep(iteration, done, seconds)
             if evaluation:
                 stopping = not check(iteration) or stopping
             if save or stopping or n_broken >= BROKEN_STEPS:
@@ -859,6 +868,55 @@ def at_failing_output(save: Callable[[], None]) -> Iterator[None]:
     except OSError:
         save()
         raise
+
+
+class Computed:
+    """What a run has computed to its end, which outlives an error of the device: that of an
+    iteration at which the device was waited for.
+    """
+
+    def __init__(self, model: Model, optimizer: optim.Optimizer, iteration: int):
+        self.model, self.optimizer = model, optimizer
+        self.keep(iteration, [], 0.0)
+
+    def keep(self, iteration: int, done: list, seconds: float) -> None:
+        self.iteration, self.done, self.seconds = iteration, list(done), seconds
+        self.matrices = self.model.trainable_parameters()
+        self.moments = tree_map(lambda value: value, self.optimizer.state)
+
+    def save(self, identity: dict, adapter_file: str) -> None:
+        """Save it, after putting it into the place of what came later."""
+        self.model.update(self.matrices)
+        self.optimizer.state.update(self.moments)
+        save(
+            self.model, self.optimizer, identity, adapter_file, self.iteration, self.done,
+            self.seconds,
+        )  # fmt: skip
+
+
+@contextmanager
+def at_failing_device(
+    computed: Computed, identity: dict, adapter_file: str, ranks: Ranks
+) -> Iterator[None]:
+    """Have rank 0 save what was computed before an error of the device, if it can still be read,
+    and say so with the error. The others are not waited for: theirs may be the error.
+    """
+    first = computed.iteration
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if ranks.rank > 0 or computed.iteration == first:
+            raise
+        try:
+            with ranks.saving:
+                computed.save(identity, adapter_file)
+        except (RuntimeError, MemoryError, OSError) as lost:
+            warn(f"iteration {computed.iteration} could not be saved to {adapter_file}: {lost}")
+            raise error from lost
+        raise RuntimeError(
+            f"{error}; iteration {computed.iteration} is saved, go on with "
+            f"--resume-adapter-file {adapter_file}"
+        ) from error
 
 
 class Stopped(Exception):
@@ -1663,7 +1721,8 @@ def warn(message: str) -> None:
 def fail(error: BaseException, status: int) -> NoReturn:
     """Say on one line what went wrong, and exit."""
     message = " ".join(str(error).split()) or type(error).__name__
-    print(f"lora.py: error: {message}", file=sys.stderr)
+    advice = device.advice(error)
+    print(f"lora.py: error: {message}{f'; {advice}' if advice else ''}", file=sys.stderr)
     sys.exit(status)
 
 

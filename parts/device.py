@@ -228,3 +228,28 @@ def bounded(start: Callable, state: list, queues: bool = True) -> Callable:
         return result
 
     return start_bounded
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors. MLX raises a RuntimeError when an array is waited for whose work has failed, or for which
+# there is no memory.
+
+NO_MEMORY = re.compile(r"out of memory|insufficient memory|unable to allocate|\[malloc", re.I)
+METAL_ENDED_IT = re.compile(r"\[METAL\]|command buffer execution failed", re.I)
+LESS_MEMORY = (
+    "give a smaller --batch-size or --max-seq-length, or --grad-checkpoint, or convert the model "
+    "with -q"
+)
+LESS_WORK = (
+    "macOS ends work of the GPU that takes long while it draws the display: turn the display off, "
+    "set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1, give a smaller --batch-size or --max-seq-length, or set "
+    "MLX_SDPA_VJP_FALLBACK=1 if it is in training"
+)
+
+
+def advice(error: BaseException) -> str | None:
+    """What helps against an error of the device; None for other errors, and where it is said."""
+    message = str(error)
+    if NO_MEMORY.search(message):
+        return LESS_MEMORY
+    return LESS_WORK if METAL_ENDED_IT.search(message) else None

@@ -116,3 +116,40 @@ def test_mlx_keeps_no_more_freed_memory_than_the_longest_batch_needs(on_metal):
         kept, limit = mx.get_cache_memory(), mx.set_cache_limit(0)
         assert 0 < kept <= limit <= 1.01 * (mx.get_peak_memory() - mx.get_active_memory())
     assert mx.set_cache_limit(before) == before
+
+
+# -------------------------------------------------------------------------------------------------
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("message", "helps"),
+    [
+        (
+            "[METAL] Command buffer execution failed: Impacting Interactivity "
+            "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)",
+            "turn the display off, set AGX_RELAX_CDM_CTXSTORE_TIMEOUT=1",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+            "(00000002:kIOGPUCommandBufferCallbackErrorTimeout)",
+            "MLX_SDPA_VJP_FALLBACK=1",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory "
+            "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory)",
+            "a smaller --batch-size or --max-seq-length, or --grad-checkpoint",
+        ),
+        ("cudaMallocAsync(&data, size, stream) failed: out of memory", "--grad-checkpoint"),
+        ("[malloc] Unable to allocate 1152921504606846976 bytes.", "a smaller --batch-size"),
+    ],
+)
+def test_an_error_of_a_gpu_is_told_with_what_helps(message, helps, capsys):
+    with pytest.raises(SystemExit):
+        lora.fail(RuntimeError(message), 1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"lora.py: error: {message}; ") and helps in line
+
+
+def test_an_error_that_is_not_of_a_gpu_gets_no_advice():
+    assert device.advice(OSError("No space left on device")) is None

@@ -429,6 +429,61 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tiny_mode
 
 
 # -------------------------------------------------------------------------------------------------
+# Errors of the device
+
+# Runs lora.py, whose N-th step gives a loss and matrices that MLX fails to compute, for the inverse
+# of a matrix that has none. That shows only when they are waited for, as a GPU's errors do.
+BREAKS = """
+import lora, mlx.core as mx
+make_step, n_steps = lora.make_step, 0
+def make_breaking_step(model, *others):
+    step = make_step(model, *others)
+    def breaking_step(*batch, **options):
+        global n_steps
+        n_steps += 1
+        loss, *results = step(*batch, **options)
+        if n_steps == N:
+            failing = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu)[0, 0]
+            loss = loss + failing
+            model.update(lora.tree_map(lambda a: a + failing, model.trainable_parameters()))
+        return loss, *results
+    return breaking_step
+lora.make_step = make_breaking_step
+lora.main()
+"""
+
+
+def break_at(n: int, *flags: str | Path) -> subprocess.CompletedProcess:
+    """Run lora.py with an error of the device, MLX's own, in the `n`-th step."""
+    command = [sys.executable, "-c", BREAKS.replace("N:", f"{n}:"), *map(str, flags)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_an_error_of_the_device_costs_no_more_than_the_steps_since_the_last_report(
+    flags, uninterrupted, tmp_path
+):
+    adapter = tmp_path / "adapters.npz"
+    options = *flags, "--save-every", "1000", "--adapter-file", adapter
+    process = break_at(40, *options)
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("lora.py: error: [Inverse")
+    assert line.endswith(f"; iteration 35 is saved, go on with --resume-adapter-file {adapter}")
+    process = run_script("lora.py", *options, "--resume-adapter-file", adapter)
+    assert process.returncode == 0, process.stderr
+    assert adapter.read_bytes() == uninterrupted.read_bytes()
+    assert logged(adapter) == logged(uninterrupted)
+
+
+def test_an_error_of_the_device_before_anything_is_reported_saves_nothing(flags, tmp_path):
+    process = break_at(2, *flags, "--save-every", "1000", "--adapter-file", tmp_path / "a.npz")
+    assert process.returncode == 1
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("lora.py: error: [Inverse") and "is saved" not in line
+    assert not (tmp_path / "a.npz").exists()
+
+
+# -------------------------------------------------------------------------------------------------
 # Disks
 
 
