@@ -16,7 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from parts import device  # noqa: E402, F401  before MLX, for its BLAS
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # an M5 would compute float32 with ten bits less
+
+from parts import device  # noqa: E402  before MLX, for its BLAS
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
@@ -24,8 +26,15 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from models import Model, ModelArgs  # noqa: E402
 
-# A shell starts what it puts into the background deaf to Ctrl-C; what the tests start would be too.
+# A shell starts what it puts into the background deaf to Ctrl-C, and nohup to a terminal that is
+# closed; what the tests start would be too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
+
+# What announces a run in the device's own dtype: "On cpu in float32".
+DTYPE = str(device.default_dtype()).removeprefix("mlx.core.")
+ON_DEVICE = f"On {mx.default_device().type.name} in {DTYPE}"
 
 # Mistral 7B v0.1's own tokenizer.model, 32,000 pieces (Apache-2.0).
 MISTRAL_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"

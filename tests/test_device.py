@@ -3,16 +3,28 @@ lever of parts/device.py: the scripts themselves, in processes of their own.
 """
 
 import io
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
 
 from parts import device  # before MLX, for its BLAS
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 import lora
-from models import Model, ModelArgs
+from models import Linear, Model, ModelArgs
 
 # What `mx.device_info` tells on Macs with 16 GB.
 MACS = {
@@ -153,3 +165,112 @@ def test_an_error_of_a_gpu_is_told_with_what_helps(message, helps, capsys):
 
 def test_an_error_that_is_not_of_a_gpu_gets_no_advice():
     assert device.advice(OSError("No space left on device")) is None
+
+
+# -------------------------------------------------------------------------------------------------
+# The scripts on the path of a Mac's GPU, against themselves on that of a CPU. Texts of one length
+# have each step compiled once.
+
+METAL = {"MLX_LORA_DEVICE": "metal"}
+needs_a_cpu = pytest.mark.skipif(
+    mx.default_device() != mx.Device(mx.cpu) or not shutil.which("g++"),
+    reason="MLX compiles for a CPU, with g++; a Mac's GPU runs these paths in all other tests",
+)
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory) -> list[str]:
+    """All that lora.py does in one run, with a prompt that goes through in two pieces."""
+    data = tmp_path_factory.mktemp("data")
+    texts = [f"Text {i} has as many tokens as the others have." for i in range(10, 30)]
+    for name, part in (("train", texts[:12]), ("valid", texts[12:16]), ("test", texts[16:])):
+        write_jsonl(data / f"{name}.jsonl", part)
+    return [
+        "--data", str(data), "--train", "--iters", "4", "--learning-rate", "1e-2",
+        "--steps-per-report", "1", "--val-batches", "1", "--test", "--prompt", "many " * 520,
+        "--temp", "0", "-n", "6", "--adapter-file",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory) -> Path:
+    mx.random.seed(7)
+    model = Model(ModelArgs(**TINY))
+    linear = lambda name, m: isinstance(m, Linear) and name != "output"  # noqa: E731
+    nn.quantize(model, 32, 4, class_predicate=linear)
+    folder = tmp_path_factory.mktemp("four-bits")
+    return write_model(folder, model, quantization={"group_size": 32, "bits": 4})
+
+
+def losses(output: str) -> list[float]:
+    """Of four steps, two validations, and the test."""
+    values = [float(text) for text in re.findall(r"(?:Train|Val|Test) loss (\d+\.\d+)", output)]
+    assert len(values) == 7, output
+    return values
+
+
+def run_lora(*flags: str | Path, **env: str) -> str:
+    process = run_script("lora.py", *flags, **env)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def assert_same_adapters(ours: Path, theirs: Path) -> None:
+    ours, theirs = lora.read_adapter(ours), lora.read_adapter(theirs)
+    for name, matrix in theirs.items():
+        np.testing.assert_allclose(ours[name], matrix, rtol=0, atol=1e-4, err_msg=name)
+
+
+@needs_a_cpu
+def test_metals_path_trains_tests_and_generates_as_a_cpu_does_alone_and_with_a_second_rank(
+    tiny_model, flags, tmp_path
+):
+    flags = ["--model", str(tiny_model), "--dtype", "float32", *flags]
+    expected = run_lora(*flags, tmp_path / "cpu.npz", MLX_LORA_DEVICE="")
+    actual = run_lora(*flags, tmp_path / "metal.npz", **METAL)
+    assert losses(actual) == pytest.approx(losses(expected), abs=1.5e-3)
+    assert actual.partition("Generating")[2] == expected.partition("Generating")[2]
+    assert_same_adapters(tmp_path / "metal.npz", tmp_path / "cpu.npz")
+
+    port = str(random.randrange(20000, 32000, 10))
+    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "-p", port, "--"]
+    process = subprocess.run(
+        [*launch, sys.executable, ROOT / "lora.py", *flags, tmp_path / "ranks.npz"],
+        env={**os.environ, **METAL},
+        stdin=subprocess.PIPE,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert losses(process.stdout) == pytest.approx(losses(expected), abs=1.5e-3)
+    assert_same_adapters(tmp_path / "ranks.npz", tmp_path / "cpu.npz")
+
+
+@needs_a_cpu
+def test_metals_path_does_qlora_in_bfloat16_with_recomputed_layers(four_bits, flags, tmp_path):
+    """The product of few rows and of many is MLX's own, inside the compiled step."""
+    flags = ["--model", str(four_bits), "--grad-checkpoint", *flags]
+    expected = run_lora(*flags, tmp_path / "cpu.npz", MLX_LORA_DEVICE="")
+    actual = run_lora(*flags, tmp_path / "metal.npz", **METAL)
+    assert "On cpu in bfloat16, 4 bits a weight" in actual
+    assert losses(actual) == pytest.approx(losses(expected), rel=5e-3)
+
+
+@needs_a_cpu
+def test_metals_path_converts_to_the_bytes_of_a_cpu(tmp_path):
+    mx.random.seed(7)
+    checkpoint = tmp_path / "torch"
+    checkpoint.mkdir()
+    weights = {
+        name: torch.from_numpy(np.array(value))
+        for name, value in tree_flatten(Model(ModelArgs(**TINY)).parameters())
+    }
+    torch.save(weights, checkpoint / "consolidated.00.pth")
+    (checkpoint / "params.json").write_text(json.dumps(TINY))
+    shutil.copy(MISTRAL_TOKENIZER, checkpoint / "tokenizer.model")
+    flags = "--torch-path", checkpoint, "-q", "--q-group-size", "32", "--mlx-path"
+    for name, env in (("cpu", {"MLX_LORA_DEVICE": ""}), ("metal", METAL)):
+        process = run_script("convert.py", *flags, tmp_path / name, **env)
+        assert process.returncode == 0, process.stderr
+    ours, theirs = ((tmp_path / name / "weights.npz").read_bytes() for name in ("cpu", "metal"))
+    assert ours == theirs
