@@ -2,6 +2,7 @@
 lever of parts/device.py: the scripts themselves, in processes of their own.
 """
 
+import ast
 import io
 import json
 import os
@@ -39,6 +40,34 @@ MACS = {
     for chip, generation in (("M1", "13g"), ("M2 Max", "14s"), ("M3", "15g"), ("M4 Pro", "16s"))
 }
 SMALL = ModelArgs(32, 2, 16, 48, 2, 1, 1e-5, 50)
+
+
+# -------------------------------------------------------------------------------------------------
+# One lever
+
+
+def imports(file: Path) -> list[str]:
+    """The modules that a file imports when it is itself imported, in their order."""
+    names = []
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+@pytest.mark.parametrize(
+    "file", [*ROOT.glob("*.py"), *ROOT.glob("parts/*.py")], ids=lambda file: file.stem
+)
+def test_a_module_imports_the_device_before_mlx_and_a_part_no_script(file):
+    names = imports(file)
+    of_mlx = [i for i, name in enumerate(names) if name.split(".")[0] == "mlx"]
+    if of_mlx and file.name != "device.py":
+        assert "parts.device" in names[: of_mlx[0]]
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    if file.parent.name == "parts":
+        assert not scripts & {name.split(".")[0] for name in names}
 
 
 # -------------------------------------------------------------------------------------------------
