@@ -48,8 +48,8 @@ import mlx.core as mx  # noqa: E402
 QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
 WITHOUT_BFLOAT16 = re.compile(r"applegpu_g1[34]")  # Apple's M1 and M2, which emulate it
 
-# For tests: `MLX_LORA_DEVICE=metal` has a CPU take the path of a Mac's GPU. It computes the same,
-# in the same dtypes and with the same operations, only more slowly.
+# For tests: `MLX_LORA_DEVICE=metal` has a CPU take the path of a Mac's GPU, with all operations of
+# it, in float32 unless told otherwise, as a CPU has no fast product in less.
 TURNED = os.environ.get("MLX_LORA_DEVICE") == "metal"
 ON_CPU = mx.default_device() == mx.Device(mx.cpu) and not TURNED
 
@@ -125,7 +125,7 @@ def default_dtype(generating: bool = False) -> mx.Dtype:
     and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU that has no
     bfloat16 takes float16.
     """
-    if ON_CPU:
+    if mx.default_device() == mx.Device(mx.cpu):  # also in the place of a GPU
         return mx.float32
     lacks_it = WITHOUT_BFLOAT16.match(mx.device_info()["architecture"])
     return mx.float16 if generating and lacks_it else mx.bfloat16

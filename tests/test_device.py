@@ -116,6 +116,7 @@ def on_metal(monkeypatch) -> None:
 @pytest.mark.usefixtures("on_metal")
 @pytest.mark.parametrize("chip", MACS)
 def test_a_gpu_without_bfloat16_generates_in_float16_and_trains_in_bfloat16(chip, monkeypatch):
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     monkeypatch.setattr(mx, "device_info", lambda: MACS[chip])
     assert device.default_dtype() == mx.bfloat16
     expected = mx.float16 if chip in ("M1", "M2 Max") else mx.bfloat16
@@ -254,7 +255,7 @@ def assert_same_adapters(ours: Path, theirs: Path) -> None:
 def test_metals_path_trains_tests_and_generates_as_a_cpu_does_alone_and_with_a_second_rank(
     tiny_model, flags, tmp_path
 ):
-    flags = ["--model", str(tiny_model), "--dtype", "float32", *flags]
+    flags = ["--model", str(tiny_model), *flags]
     expected = run_lora(*flags, tmp_path / "cpu.npz", MLX_LORA_DEVICE="")
     actual = run_lora(*flags, tmp_path / "metal.npz", **METAL)
     assert losses(actual) == pytest.approx(losses(expected), abs=1.5e-3)
@@ -280,7 +281,7 @@ def test_metals_path_does_qlora_in_bfloat16_with_recomputed_layers(four_bits, fl
     """The product of few rows and of many is MLX's own, inside the compiled step."""
     flags = ["--model", str(four_bits), "--grad-checkpoint", *flags]
     expected = run_lora(*flags, tmp_path / "cpu.npz", MLX_LORA_DEVICE="")
-    actual = run_lora(*flags, tmp_path / "metal.npz", **METAL)
+    actual = run_lora(*flags, tmp_path / "metal.npz", "--dtype", "bfloat16", **METAL)
     assert "On cpu in bfloat16, 4 bits a weight" in actual
     assert losses(actual) == pytest.approx(losses(expected), rel=5e-3)
 
