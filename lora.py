@@ -747,7 +747,8 @@ def train(
     update, at every `args.steps_per_eval`, and at the last. Each of the ranks takes its rows of
     each batch, and all make the same update; rank 0 alone reports and saves.
     Raises NotSaved when the last save failed; else, after saving, Stopped at SIGINT, SIGTERM or
-    SIGHUP, and FloatingPointError when the training has broken down.
+    SIGHUP, and FloatingPointError when the training has broken down. When the device fails, raises
+    RuntimeError, after saving what was computed up to the last report or save.
     """
     streams = open_streams(args.batch_size // ranks.size, ranks.n_sharing)
     identity = describe_run(model.args, train_set, tokenizer, args)

@@ -26,6 +26,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaForCausalLM
 
+from parts import device  # noqa: F401  before MLX, for its BLAS
+
+import mlx.core as mx
+
 import lora
 
 FOLDER = ROOT / "base-model"
@@ -280,7 +284,7 @@ def test_the_greedy_text_is_the_one_that_transformers_reads_out_of_the_source(co
     reference = LlamaForCausalLM.from_pretrained(
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
     )
-    model, tokenizer = lora.load_model(converted)
+    model, tokenizer = lora.load_model(converted, mx.float32)
     for prompt in (
         "The capital of France is",
         "Q: What is ReLU in mlx?\nA:",
