@@ -39,6 +39,9 @@ ON_DEVICE = f"On {mx.default_device().type.name} in {DTYPE}"
 # Mistral 7B v0.1's own tokenizer.model, 32,000 pieces (Apache-2.0).
 MISTRAL_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
 
+# A CPU in Metal's place trains some ten times as slowly, and is waited for that much longer.
+SLOWNESS = 10 if device.TURNED else 1
+
 # What a training writes.
 RUN_FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
 

@@ -24,9 +24,12 @@ import models
 from lora import digest
 
 N_BLOCKS, THREADS = 5, 64
-pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ on Linux"
+    ),
+    pytest.mark.skipif(device.TURNED, reason="Metal has none of these kernels"),
+]
 
 BEFORE = """
 #include <atomic>

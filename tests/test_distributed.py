@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, RUN_FILES, wait_for, write_jsonl
+from conftest import ROOT, RUN_FILES, SLOWNESS, wait_for, write_jsonl
 
 import lora
 
@@ -63,7 +63,9 @@ def start_ranks(
     ]
 
 
-def end(ranks: list[subprocess.Popen], seconds: float = 120) -> tuple[list[int], str, list[str]]:
+def end(
+    ranks: list[subprocess.Popen], seconds: float = 120 * SLOWNESS
+) -> tuple[list[int], str, list[str]]:
     """Wait for all; gives their statuses, rank 0's output, and each one's errors.
 
     Of the errors, what MLX's own ring says, at times on the same line, is left out.
@@ -124,7 +126,7 @@ def test_ranks_train_as_one_process_does(flags, alone, tmp_path, n):
         stderr=subprocess.PIPE,
         text=True,
     )
-    process.wait(120)
+    process.wait(120 * SLOWNESS)
     ours, errors = process.stdout.read(), process.stderr.read()
     process.communicate()
     assert errors == ""

@@ -21,6 +21,7 @@ from conftest import (
     MISTRAL_TOKENIZER,
     ROOT,
     RUN_FILES,
+    SLOWNESS,
     TINY,
     run_script,
     wait_for,
@@ -141,7 +142,7 @@ def test_a_signal_ends_the_run_after_a_step_and_says_how_to_go_on(
     process = start(*flags, "--save-every", "1000", cwd=tmp_path)
     wait_for(process, "Iter 7: Train loss")
     process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60 * SLOWNESS)
     assert process.returncode == status
     (line,) = errors.splitlines()
     command = shlex.split(line.partition("go on with: ")[2])
@@ -166,7 +167,7 @@ def test_a_signal_during_the_first_evaluation_saves_the_first_step(
     wait_for(process, "Training")
     time.sleep(1)
     process.send_signal(signum)
-    output, errors = process.communicate(timeout=60)
+    output, errors = process.communicate(timeout=60 * SLOWNESS)
     assert process.returncode == status
     assert "stopped at iteration 1;" in errors
     assert "Val loss" not in output
@@ -210,7 +211,7 @@ def test_output_that_nobody_reads_any_more_costs_no_step(flags, uninterrupted, t
     process = start(*flags, "--save-every", "1000", cwd=tmp_path)
     wait_for(process, "Iter 7: Train loss")
     process.stdout.close()
-    assert process.wait(60) == 1
+    assert process.wait(60 * SLOWNESS) == 1
     assert process.stderr.read() == ""
     resumed = run_script("lora.py", *flags, "--resume-adapter-file", "adapters.npz", cwd=tmp_path)
     assert int(re.search(r"goes on after iteration (\d+)", resumed.stdout)[1]) > 7
@@ -500,7 +501,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         process = start(*flags, "--adapter-file", adapter)
         wait_for(process, "Iter 7: Train loss")
         (disk / "other").unlink()
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120 * SLOWNESS)
         assert process.returncode == 0, errors
         assert "iteration 1 could not be saved" in errors
         assert "No space left on device" in errors
@@ -512,7 +513,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         process = start(*flags, "--adapter-file", disk / "more.npz")
         wait_for(process, "Iter 7: Train loss")
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120 * SLOWNESS)
         assert process.returncode == 1
         assert errors.splitlines()[-1].startswith("lora.py: error: the adapters of the last step")
     finally:
