@@ -74,7 +74,22 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"(?!:[A-Za-z][\w:]{0,40}:`)(?P<content>[^`]{1,800})(?P=tick)",
         shown_role,
     ),
-    "doclink": (r"\[`(?P<doc>[^`\n]{1,200})`\](?:\([^()\s]{1,500}\))?", shown_doclink),
+    "doclink": (
+        r"\[`(?P<doc>[^`\n]{1,200})`\](?:\([^()\s]{1,500}\)|\[[\w.]{0,200}\])?",
+        shown_doclink,
+    ),
+    # Of Google's protocols and of mkdocstrings: [text][a.B].
+    "cross": (
+        r"(?<![\w\])])\[(?P<cross>[^\[\]]{1,200})\](?:\n\s{0,40})?"
+        r"\[(?:[A-Za-z]\w{0,60}\.){1,12}\w{1,80}\]",
+        r"\g<cross>",
+    ),
+    # The type of a field or a parameter, which Sphinx links to without a role.
+    "type": (
+        r"(?<![^\s\[,(<])(?<![&=] )~(?:[A-Za-z_]\w{0,60}\.){1,12}(?P<type>\w{1,80})"
+        r"(?![\w(]|\.\w)",
+        r"\g<type>",
+    ),
     "hyperlink": (r"(?<![`\w])`(?P<link>[^`]{1,500})`__?(?!\w)", shown_link),
     "anchor": (r"(?<!\w)_`(?P<anchor>[^`]{1,200})`(?!\w)", r"\g<anchor>"),
     "single": (r"(?<![`\w\\])`(?P<name>[^`\n]{1,200})`(?![`\w])", shown_name),
@@ -93,7 +108,8 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
         r"\g<emphasis>",
     ),
     "substitution": (
-        r"(?<![\w|<\\`])\|(?P<shown>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
+        r"(?<![\w|<\\`])\|(?:~(?:\w{1,40}\.){0,8})?"
+        r"(?P<shown>[A-Za-z@][\w@.-]{2,40}(?: [A-Za-z]{3,40}){0,4})\|(?![\w|>])",
         r"\g<shown>",
     ),
     "escape": (r"\\(?P<escaped>[*_`|])", r"\g<escaped>"),
@@ -101,7 +117,7 @@ INLINE: dict[str, tuple[str, str | Callable[[re.Match], str]]] = {
     "seam": (r"(?<=[\w`*)\]}>])\\ (?=\S)|\\ (?=[\w:`*])", ""),
 }  # fmt: skip
 PATTERN = re.compile(
-    r"(?=[`:_!\[*|\\$hf])(?:"
+    r"(?=[`:_!\[*|\\$~hf])(?:"
     + "|".join(f"(?P<k_{kind}>{pattern})" for kind, (pattern, _) in INLINE.items())
     + ")"
 )

@@ -81,6 +81,13 @@ def test_docstrings_are_cleaned(docstring, cleaned):
         ("## Title\n\n<Tip warning={true}>\n\nText.\n\n</Tip>", "Title\n\nText."),
         ('A.\n\n<Added version="2.1"/>', "A.\n\nNew in version 2.1"),
         ("Code.\n```python\nx = *a*\n```\nMore.", "Code.\n\n    x = *a*\n\nMore."),
+        # Of Google's protocols and of mkdocstrings.
+        ("For\n[A.Get][google.a.v1.A.Get], the [`x` value][a.x].", "For\nA.Get, the `x` value."),
+        ("Of [`A`][a.b.A], [`C`][] and x[a][b.c], [a][0].", "Of A, C and x[a][b.c], [a][0]."),
+        # Types of fields and parameters, which need no role.
+        (":rtype: ~a.b.C[~a.b.D] or\n ~a.E", ":rtype: C[D] or\n E"),
+        ("Args:\n    x (~a.B): ~x.any(), a & ~m.b.", "Args:\n    x (B): ~x.any(), a & ~m.b."),
+        ("A |~settings.deadline| of |~settings|.", "A deadline of settings."),
         # Doxygen.
         ("@brief Adds.\n\n@param[in] x the first\n@return \\p x plus one\n@note Slow.",
          "Adds.\n\n:param x: the first\n:returns: x plus one\nNote: Slow."),
