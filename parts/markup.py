@@ -34,6 +34,7 @@ ADMONITIONS = {
     "attention": "Attention", "caution": "Caution", "danger": "Danger", "error": "Error",
     "hint": "Hint", "important": "Important", "note": "Note", "notes": "Notes",
     "seealso": "See also", "tip": "Tip", "warning": "Warning", "warn": "Warning",
+    "engine-support": "Engine support",
 }  # fmt: skip
 VERSIONS = {
     "versionadded": "New in version",
@@ -66,6 +67,7 @@ DIRECTIVE = re.compile(r"( *)\.\. *(?:\|[^|]+\| )?([A-Za-z][\w:.+-]{0,60}?) ?::(
 # One colon makes a comment of it, but everybody means the directive.
 MISTYPED = re.compile(rf"( *)\.\. *({'|'.join([*ADMONITIONS, *VERSIONS])}) ?:(?:\s+(.*))?", re.I)
 OPTION = re.compile(r"\s+:[\w-]+:(\s|$)")
+MKDOCS_ADMONITION = re.compile(r'( *)(?:!!!|\?\?\?\+?) +(\w+)[\w -]{0,80}?(?: +"(.{0,200})")?')
 VERSION = re.compile(r"(v?\d[\w.+-]*|\S+$)(?:[,:]?\s+(.*))?")
 NOTE_OR_CITATION = re.compile(r"( *)\.\. ?\[#?([^\]\s]{1,60})\](\s.*|$)")
 COMMENT = re.compile(r" *(\.\.( .*)?|__ \S+)")
@@ -173,6 +175,17 @@ def label(lines: list[str], start: int, indent: str, name: str, text: str) -> Re
     return [Block("text", [f"{indent}{name}"] if is_version else [])], start
 
 
+def read_mkdocs_admonition(lines: list[str], at: int) -> Read | None:
+    """The title, or else the kind, of `!!! kind "title"` before its text."""
+    match = MKDOCS_ADMONITION.fullmatch(lines[at])
+    if not match:
+        return None
+    indent, name, title = match.groups()
+    if title is None:
+        title = ADMONITIONS.get(name.lower(), name.capitalize())
+    return label(lines, at + 1, indent, title, "") if title else ([], at + 1)
+
+
 def read_explicit(lines: list[str], at: int) -> Read | None:
     """A footnote or citation, which is shown, or a target or comment, which is not."""
     note = NOTE_OR_CITATION.fullmatch(lines[at])
@@ -197,9 +210,11 @@ def read_literal(lines: list[str], at: int) -> Read | None:
     return [Block("text", shown), Block("code", lines[at + 1 : end])], end
 
 
-MARKED = re.compile(r"\s*(```|>>>|In \[|\.\.|__ |[=+|])|.*::$")  # what a reader may begin with
+# What a reader may begin with.
+MARKED = re.compile(r"\s*(```|>>>|In \[|\.\.|__ |[=+|]|!!!|\?\?\?)|.*::$")
 READERS = (
-    read_fence, read_doctest, read_directive, read_explicit, read_table, read_literal,
+    read_fence, read_doctest, read_directive, read_mkdocs_admonition, read_explicit, read_table,
+    read_literal,
 )  # fmt: skip
 
 
