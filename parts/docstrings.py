@@ -9,7 +9,7 @@ import textwrap
 import unicodedata
 from typing import NamedTuple
 
-from parts.markup import indent_of, visible_text
+from parts.markup import indent_of, visible_text, with_margin
 
 # -------------------------------------------------------------------------------------------------
 # Noise
@@ -362,7 +362,8 @@ def clean(docstring: str, limit: int) -> str:
     """
     if is_noise(docstring):
         return ""
-    text = re.sub(r"\A((?!\.\.)[^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", docstring)  # a summary
+    text = with_margin(docstring)
+    text = re.sub(r"\A((?!\.\.)[^\n]*\.)\n[ \t]+(?=\S)", r"\1\n\n", text)  # a summary
     text = textwrap.dedent(visible_text(text)).strip()
     text = re.sub(r" at 0x[0-9a-fA-F]+(?=>)", "", text)  # an address is another at each run
     text = re.sub(r"\n{3,}", "\n\n", text)

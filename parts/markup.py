@@ -282,6 +282,7 @@ def without_marks(line: str, marks: Marks) -> str:
 # The text
 
 DOCTEST_FLAG = re.compile(r"(?<=\S) *# *doctest: *[+-]\w.*")  # Sphinx does not show it
+SECTION = re.compile(r"(Args|Arguments|Parameters|Returns?|Yields|Raises|Examples?|Notes?):?")
 RUN = re.compile(r"(?<=\S) {3,}(?=\S)")
 ANY_MARK = re.compile(r"[^\w\s.,;()'\"?!/-]|_(?!\w)|---|   |http")
 OVERLINE = re.compile(r"([=~*#^-])\1{2,}")
@@ -289,6 +290,26 @@ TARGET = re.compile(r"^ *\.\. _`?([\w][\w .-]{0,80})`?:(?: |$)", re.MULTILINE)
 REFERENCE = re.compile(r"(?<![\w`])([A-Za-z][\w-]{0,80})_(?!\w)")
 DEFINITION = re.compile(r"^ *\.\. \|([^|\n]{1,80})\| replace:: *(.*)$", re.MULTILINE)
 SUBSTITUTION = re.compile(r"\|([^|\n]{1,80})\|")
+
+
+def with_margin(docstring: str) -> str:
+    """The docstring without an indentation that stayed since newlines are in its sentences.
+
+    Such a one, of a `\\n` in a literal that is not raw, puts what follows it at the margin.
+    """
+    lines = docstring.split("\n")
+    filled = [n for n, line in enumerate(lines) if n and line.strip()]
+    strays = [n for n in filled if not lines[n].startswith(" ")]
+    margin = min((indent_of(lines[n]) for n in filled if lines[n].startswith(" ")), default=0)
+    if (
+        not 0 < 8 * len(strays) <= len(filled)
+        or not all(lines[n - 1].startswith(" ") for n in strays)
+        or not any(SECTION.fullmatch(lines[n][margin:]) for n in filled)
+    ):
+        return docstring
+    for n in strays:
+        lines[n] = " " * indent_of(lines[n - 1]) + lines[n]
+    return "\n".join([lines[0], *(line[margin:] for line in lines[1:])])
 
 
 def single_spaced(lines: list[str]) -> list[str]:

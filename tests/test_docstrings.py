@@ -142,6 +142,14 @@ def test_code_stays_as_it_is(docstring):
     assert code[0] in clean(docstring)
 
 
+def test_a_newline_in_a_sentence_leaves_no_indentation():
+    lines = ["Reads.", "", "    Args:", *["        x: The end."] * 8, "        y: Such as '", "'."]
+    shown = ["Reads.", "", "Args:", *["    x: The end."] * 8, "    y: Such as '", "    '."]
+    assert clean("\n".join(lines)) == "\n".join(shown)
+    code = "\n".join(["Reads:", "", *["    x = 1"] * 8, "so."])
+    assert clean(code) == code
+
+
 def test_flags_of_doctests_are_not_shown():
     assert clean("A.\n\n>>> f(1)  # doctest: +SKIP\n2") == "A.\n\n>>> f(1)\n2"
 
