@@ -57,7 +57,9 @@ def is_noise(docstring: str) -> bool:
 
 
 def says_nothing(text: str) -> bool:
-    """Whether a text has no letter, or only words such as "TODO"."""
+    """Whether a text has no letter, only words such as "TODO", or only an enumeration's names."""
+    if text.startswith("Members:") and all(map(str.isidentifier, text.split()[1:])):
+        return True  # each of the members has it
     has_letter = any(map(str.isalpha, text))
     return not has_letter or len(text) < 200 and NOISE.fullmatch(text) is not None
 

@@ -184,6 +184,7 @@ def test_runs_of_spaces_of_a_continued_line_are_one():
         "See base class.",
         "---",
         "No docstring available.",
+        "Members:\n\nSUM\n\nAVG",
     ],
 )
 def test_noise_says_nothing(docstring):
@@ -202,6 +203,7 @@ def test_noise_says_nothing(docstring):
         "Reads a text.\n\nCopyright (c) 2020 Somebody.",
         "Accepts ``%(name)s`` as a parameter.",
         "See base class for the parameters; this one adds a cache.",
+        "Members:\n\nSUM : adds up\n\nAVG : the mean",
     ],
 )
 def test_what_says_something_stays(docstring):
