@@ -111,6 +111,7 @@ DOCTEST_INPUT = re.compile(r"\s*(>>>|\.\.\.)( |$)")
 ITEM = re.compile(
     r"\s*([-*+•] |\(?\w{1,2}[.)] |:\w[^:]{0,80}:( |$)|\*{0,2}\w+( or \w+)?( \([^()]{0,99}\))?: )"
 )
+RAISED = re.compile(r"\s*:(raises?|except|exception) [^\s:]{1,200}:")  # whole without a text
 SENTENCE_END = re.compile(r"(?<![.\s(][a-z])(?<!\bcf)(?<!\bvs)(?<!\betc)[.!?][)\"'`]{0,2}(?=\s)")
 
 
@@ -164,9 +165,22 @@ def begins_block(lines: list[str], n: int) -> bool:
         return True
     if DOCTEST_INPUT.match(before) or line.lstrip().startswith("..."):
         return False
-    if line.lstrip().startswith(">>>") or ITEM.match(line):
+    if line.lstrip().startswith(">>>"):
         return True
-    return indent_of(line) < indent_of(before)
+    if is_output(lines, n):
+        return False
+    return ITEM.match(line) is not None or indent_of(line) < indent_of(before)
+
+
+def is_output(lines: list[str], n: int) -> bool:
+    """Whether line `n` is what a doctest prints, with 100 lines at most."""
+    for at in range(n - 1, max(-1, n - 101), -1):
+        before = lines[at].lstrip()
+        if before.startswith(">>>"):
+            return indent_of(lines[n]) >= indent_of(lines[at])
+        if not before:
+            break
+    return False
 
 
 def without_loose_end(lines: list[str], n: int) -> str:
@@ -179,7 +193,7 @@ def without_loose_end(lines: list[str], n: int) -> str:
         last = lines[n - 1]
         if not last.strip() or DOCTEST_INPUT.match(last) or opens(lines, n - 1):
             n -= 1
-        elif last.endswith(":"):
+        elif last.endswith(":") and not RAISED.fullmatch(last):
             start = n - 1
             while start and not begins_block(lines, start):
                 start -= 1

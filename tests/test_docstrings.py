@@ -204,6 +204,7 @@ def test_noise_says_nothing(docstring):
         "Accepts ``%(name)s`` as a parameter.",
         "See base class for the parameters; this one adds a cache.",
         "Members:\n\nSUM : adds up\n\nAVG : the mean",
+        "Gets it.\n\n:raises ValueError:",
     ],
 )
 def test_what_says_something_stays(docstring):
@@ -242,6 +243,8 @@ def test_long_docstrings_are_truncated_between_paragraphs_lines_or_words(text, l
         ("First paragraph here.\n\nNotes\n-----\nText", 36, "First paragraph here."),
         ("The first text of it.\n\nx : int\n    Its x.", 36, "The first text of it."),
         (">>> a\n1\n>>> b\n2\n>>> c\n33333", 22, ">>> a\n1\n>>> b\n2"),
+        (">>> print(a)\n1\n>>> df\n   x\na  1\nb  2", 27, ">>> print(a)\n1"),
+        ("  >>> a\n  1\nText after it.", 16, "  >>> a\n  1"),
         (
             "Args:\n  a (int, b): first\n  b: second\n  c: third",
             37,
@@ -415,6 +418,18 @@ ODD = (
         ">>>",
         "...\n",
         "f(x) -> ",
+    ]
+    + [
+        "[a][",
+        "[a][b.",
+        "[a]\n",
+        "~a.",
+        " ~a.b",
+        "|~a.",
+        "!!! a",
+        '!!! a "',
+        "??? a\n",
+        ">>> a\nb\n",
     ]
 )
 
