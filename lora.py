@@ -67,7 +67,7 @@ AHEAD = 2  # layers of a prompt that are handed to the device while it computes 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
 MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
-PADDING = 0.05  # the share of a padded length by which the next shorter one is shorter, at least
+PADDING = 0.045  # the share of a padded length by which the next shorter one is shorter, at least
 
 # -------------------------------------------------------------------------------------------------
 # Arguments
