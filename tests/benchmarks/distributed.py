@@ -28,7 +28,7 @@ MODELS = {  # dim, rows of wq, rows of wv, parameters of all layers and the outp
     "7 B": (4096, 4096, 1024, 7.1e9),
     "70 B": (8192, 8192, 1024, 68.7e9),
 }
-STEP_7B = 0.0762  # seconds of a step of 4 x 512 tokens on one H100, as README.md has it
+STEP_7B = 0.0755  # seconds of a step of 4 x 512 tokens on one H100, as README.md here has it
 RATES = [1, 10, 100]  # Gbit/s
 
 
