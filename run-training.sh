@@ -12,7 +12,7 @@ PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn
 DATA=${DATA:-$here/${PACKAGES// /-}-doc-data}  # train, valid and test.jsonl, made if not there
 ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
 
-# For a small model and five minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4.
+# For a small model and a few minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4.
 LORA_LAYERS=${LORA_LAYERS:-30}              # all: a small model has little to spare in any
 BATCH_SIZE=${BATCH_SIZE:-2}                 # one text a core; more steps teach more than larger ones
 ITERS=${ITERS:-258}                         # each text once

@@ -381,16 +381,6 @@ def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(base_model, whee
         assert process.returncode == 0, f"{block}\n{process.stderr}"
 
 
-def test_what_the_readme_links_to_is_there():
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text("utf-8"))
-    files = [link for link in links if "://" not in link]
-    assert len(files) >= 3
-    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    tracked = known.stdout.splitlines()
-    assert [file for file in files if not (ROOT / file).exists()] == []
-    assert [file for file in files if tracked and file not in tracked] == []
-
-
 def test_the_scripts_stop_at_the_first_error(tmp_path):
     process = subprocess.run(
         [ROOT / "run-training.sh"],
