@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -42,7 +41,9 @@ from tqdm import tqdm
 
 from parts import device  # before MLX, for its BLAS
 from parts.device import available_cores, check_memory, open_streams, set_portions
+from parts.decoder import generate_step
 from parts.files import check_content, decode_text, is_safetensors
+from parts.ops import cross_entropy
 from parts.records import parse_record
 from parts.run_files import PLOT_TITLE, find_siblings, parse_entry, sibling
 
@@ -51,7 +52,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path, tree_unflatten
 
-from models import Decoder, LayerCache, LoRALinear, Model, ModelArgs, cross_entropy
+from models import LoRALinear, Model, ModelArgs
 
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
@@ -61,9 +62,6 @@ ADAPTER_KEY = re.compile(
 )
 FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-COLD = 1e-6  # a temperature below which the highest logit leaves nothing to the others
-PREFILL = 512  # positions of a prompt that go through the model at once
-AHEAD = 2  # layers of a prompt that are handed to the device while it computes another
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # mlx.launch sets the one, mpirun the other
 MEETING, JOINING = 20, 30  # seconds in which all ranks have to be there, and MLX to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
@@ -1370,7 +1368,7 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token
     print(prompt, end="", flush=True)
-    ids = generate_ids(model, prompt_ids, args.temp, tokenizer.vocab_size)
+    ids = generate_step(model, prompt_ids, args.temp, tokenizer.vocab_size)
     ids = timed(ids, times)
     ids = itertools.islice(ids, args.num_tokens)
     ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
@@ -1394,55 +1392,6 @@ def timed(items: Iterator, times: list[float]) -> Iterator:
     for item in items:
         times.append(time.perf_counter())
         yield item
-
-
-def read_prompt(model: Model, ids: list[int]) -> list[LayerCache] | None:
-    """The key-value cache after `ids`, which go through the model in pieces; None without any.
-
-    A layer is handed out when all but the `AHEAD` layers right before it are computed, so that the
-    device never waits for the processor, and yet no more layers hold what they work with, such as
-    dequantized weights.
-    """
-    cache = [None] * len(model.layers)
-    for start in range(0, len(ids), PREFILL):
-        x = model.tok_embeddings(mx.array([ids[start : start + PREFILL]]))
-        waiting = deque()
-        for i, layer in enumerate(model.layers):
-            x, cache[i] = layer(x, cache[i])
-            mx.async_eval(cache[i])  # and not x, which only the logits need after the last layer
-            waiting.append(cache[i])
-            if len(waiting) > AHEAD:
-                mx.eval(waiting.popleft())
-        mx.eval(cache)
-    device.give_back_memory()
-    return cache if ids else None
-
-
-def generate_ids(
-    model: Model, prompt_ids: list[int], temp: float, n_ids: int | None = None
-) -> Iterator[int]:
-    """Yield the ids that follow the prompt, without end, of the first `n_ids` of the vocabulary, by
-    default all. `temp` 0 is greedy. Raises FloatingPointError where the first logits are not
-    finite.
-    """
-    model.eval()  # what only training needs is not made ready
-    decoder = Decoder(model, read_prompt(model, prompt_ids[:-1]))
-
-    def step(ids: mx.array) -> tuple[mx.array, mx.array]:
-        logits = decoder(ids)[:, :n_ids].astype(mx.float32)
-        greedy = temp < COLD
-        token = logits.argmax(-1) if greedy else mx.random.categorical(logits / temp)
-        mx.async_eval(token)
-        return token, logits
-
-    token, logits = step(mx.array([prompt_ids[-1:]]))
-    if not mx.isfinite(logits).all():
-        raise FloatingPointError("the model's logits are not finite: give another --dtype")
-    while True:
-        # The device computes the next token while the caller works with this one.
-        following, _ = step(token[:, None])
-        yield token.item()
-        token = following
 
 
 # -------------------------------------------------------------------------------------------------

@@ -6,6 +6,15 @@ before it.
 
 python_version    one line where Python is too old
 device            which device computes, and its BLAS, streams and memory
+ops               the one door: each operation's CPU form, CUDA kernel, or MLX's own
+ops_cpu           what a CPU needs, with its gradients
+ops_cuda          the training kernels of ops_cuda.cu
+cuda              compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
+rope              rotary positions: frequencies, and tables of cosines and sines
+kv_cache          the keys and values of a layer's positions so far
+merged_linear     linear layers with one input as one product
+decoder           generate text: prefill, one token at a time, sampling
+decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
 files             what a file holds, whatever its name says; text as editors write it
 legacy_torch      the files of torch before 1.6
 records           a line of JSONL to a text

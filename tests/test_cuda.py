@@ -1,5 +1,5 @@
-"""The CUDA kernels of models.py, run on a CPU: compiled by g++ as they stand, but for a few lines
-of assembly, with a thread for each of a block's threads, and a process for each block that waits.
+"""The kernels of the .cu files, run on a CPU: compiled by g++ as they stand, but for a few lines of
+assembly, with a thread for each of a block's threads, and a process for each block that waits.
 """
 
 import ctypes
@@ -13,15 +13,16 @@ from functools import lru_cache
 import numpy as np
 import pytest
 
-from parts import device  # before MLX, for its BLAS
+from parts import cuda, decoder_cuda, device, kv_cache, ops_cuda
+from parts.decoder import Decoder, generate_step
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 import lora
-import models
 from lora import digest
+from models import Model, ModelArgs
 
 N_BLOCKS, THREADS = 5, 64
 pytestmark = [
@@ -90,7 +91,7 @@ ASSEMBLY_OF_NUMBERS = {
     r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
 }
 ASSEMBLY_OF_THE_DECODER = {
-    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*arrived).load();",
+    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*barrier).load();",
     r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
 }
 BEHIND = """
@@ -116,7 +117,7 @@ extern "C" void run_KERNEL(int n_blocks, void** at, int* scalars) {
 
 @pytest.fixture
 def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
-    """Have `models` take this machine for one with CUDA; gives the kernels that ran."""
+    """Have the parts take this machine for one with CUDA; returns the kernels that ran."""
     names = []
 
     @lru_cache
@@ -174,17 +175,17 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
         return outputs
 
     monkeypatch.setattr(device, "ON_CPU", False)
-    monkeypatch.setattr(models, "THREADS", THREADS)
-    monkeypatch.setattr(models, "compile_cuda", compile_with_gxx)
-    attributes = {16: N_BLOCKS, 97: 100_000}
-    monkeypatch.setattr(models, "cuda_attribute", attributes.get)
+    monkeypatch.setattr(decoder_cuda, "THREADS", THREADS)
+    monkeypatch.setattr(cuda, "compile_kernels", compile_with_gxx)
+    attributes = {cuda.MULTIPROCESSORS: N_BLOCKS, cuda.MAX_SHARED_MEMORY: 100_000}
+    monkeypatch.setattr(cuda, "attribute", attributes.get)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
     return names
 
 
-ARGS = models.ModelArgs(
+ARGS = ModelArgs(
     dim=128,
     n_layers=2,
     head_dim=64,
@@ -209,7 +210,7 @@ ARGS = models.ModelArgs(
 )
 def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated_cuda, monkeypatch):
     mx.random.seed(1)
-    model = models.Model(ARGS).eval()
+    model = Model(ARGS).eval()
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
@@ -219,14 +220,14 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
         for name in ("wq", "wv"):
             adapter = model.layers[1].attention[name]
             adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.3
-    monkeypatch.setattr(models, "CACHE_STEP", 256)
+    monkeypatch.setattr(kv_cache, "STEP", 256)
     tokens = mx.random.randint(0, 50, (1, 257))
     expected, _ = model(tokens)
     _, cache = model(tokens[:, :255])
 
-    decoder = models.Decoder(model, cache)
+    decoder = Decoder(model, cache)
     logits = [decoder(tokens[:, i : i + 1]) for i in (255, 256)]  # the cache grows at 256
-    logits.append(models.Decoder(model)(tokens[:, :1]))
+    logits.append(Decoder(model)(tokens[:, :1]))
     expected = expected[:, [255, 256, 0]].astype(mx.float32)
     tolerance = mx.abs(expected).max().item() * (2e-3 if dtype == "float16" else 1e-5)
     actual = mx.stack(logits, 1).astype(mx.float32)
@@ -236,8 +237,8 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
 
 def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
     """A process that only generates has none of them compiled."""
-    model = models.Model(models.ModelArgs(**{**vars(ARGS), "n_layers": 1}))
-    next(lora.generate_ids(model, [1, 2, 3], temp=0))
+    model = Model(ModelArgs(**{**vars(ARGS), "n_layers": 1}))
+    next(generate_step(model, [1, 2, 3], temp=0))
     assert set(emulated_cuda) == {"decoder_layer"}
 
 
@@ -245,11 +246,9 @@ def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
     "change", [{"head_dim": 32}, {"dim": 126}, {"hidden_dim": 40_000}], ids=str
 )
 def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emulated_cuda):
-    model = models.Model(models.ModelArgs(**{**vars(ARGS), "n_layers": 1, **change}))
+    model = Model(ModelArgs(**{**vars(ARGS), "n_layers": 1, **change}))
     token = mx.array([[7]])
-    np.testing.assert_allclose(
-        models.Decoder(model)(token), model(token)[0][:, -1], atol=1e-5, rtol=0
-    )
+    np.testing.assert_allclose(Decoder(model)(token), model(token)[0][:, -1], atol=1e-5, rtol=0)
     assert "decoder_layer" not in emulated_cuda
 
 
@@ -261,7 +260,7 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     dtype, tolerance, checkpoint, emulated_cuda, monkeypatch
 ):
     mx.random.seed(1)
-    model = models.Model(ARGS)
+    model = Model(ARGS)
     lora.add_lora(model, [0, 1])
     randomly = lambda path, value: mx.random.normal(value.shape) * 0.3  # noqa: E731
     model.update(tree_map_with_path(randomly, model.trainable_parameters()))
@@ -275,7 +274,7 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
         return lora.to_vector(tree)
 
     with monkeypatch.context() as plain:
-        plain.setattr(models, "has_kernels", lambda x: False)
+        plain.setattr(ops_cuda, "has_kernels", lambda x: False)
         expected = gradients()
     assert not emulated_cuda
     adapters = model.trainable_parameters()
@@ -285,4 +284,4 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     np.testing.assert_allclose(
         gradients(), expected, atol=tolerance * mx.abs(expected).max().item(), rtol=0
     )
-    assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rotate"}
+    assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rope"}

@@ -34,7 +34,8 @@ from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from sentencepiece import sentencepiece_model_pb2
 
-from parts import device  # before MLX, for its BLAS
+from parts import decoder, device  # before MLX, for its BLAS
+from parts.decoder import generate_step
 from parts.files import decode_text
 from parts.run_files import is_plot
 
@@ -601,10 +602,10 @@ def test_one_token_alone_has_no_speed(tiny_model):
 def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
     model, tokenizer = load_tiny(tiny_model)
     ids = tokenizer.encode("All about llamas. " * 10)
-    whole = list(islice(lora.generate_ids(model, ids, 0), 8))
+    whole = list(islice(generate_step(model, ids, 0), 8))
     for pieces in (1, 7, len(ids) - 1, len(ids)):
-        monkeypatch.setattr(lora, "PREFILL", pieces)
-        assert list(islice(lora.generate_ids(model, ids, 0), 8)) == whole
+        monkeypatch.setattr(decoder, "PREFILL_STEP", pieces)
+        assert list(islice(generate_step(model, ids, 0), 8)) == whole
 
 
 def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_path):
@@ -620,8 +621,8 @@ def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_p
 def test_next_to_no_temperature_is_greedy(tiny_model, temp):
     model, tokenizer = load_tiny(tiny_model)
     ids = tokenizer.encode("Hello")
-    greedy = list(islice(lora.generate_ids(model, ids, 0), 8))
-    assert list(islice(lora.generate_ids(model, ids, temp), 8)) == greedy
+    greedy = list(islice(generate_step(model, ids, 0), 8))
+    assert list(islice(generate_step(model, ids, temp), 8)) == greedy
 
 
 def test_logits_that_are_not_finite_are_a_failure_and_no_text(tmp_path):
@@ -654,7 +655,7 @@ def test_a_terminal_without_unicode_shows_what_it_can(tiny_model):
 def test_generating_does_not_copy_the_cache(tiny_model):
     """On a CPU a copy, 1 MB a layer for keys and values here, would show in the peak."""
     model, tokenizer = load_tiny(tiny_model)
-    ids = lora.generate_ids(model, [tokenizer.eos_id] * 3500, 0)
+    ids = generate_step(model, [tokenizer.eos_id] * 3500, 0)
     for _ in range(2):
         next(ids)
     mx.reset_peak_memory()

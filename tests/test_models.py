@@ -8,15 +8,15 @@ import torch
 import transformers
 from conftest import TINY
 
-from parts import device  # before MLX, for its BLAS
+from parts import device, kv_cache, merged_linear
+from parts.decoder import Decoder, prefill
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import lora
-import models
-from models import Decoder, Linear, LoRALinear, Model, ModelArgs
+from models import Linear, LoRALinear, Model, ModelArgs
 
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -152,8 +152,8 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
     bits, adapted, way, monkeypatch
 ):
     if way == "all cores":
-        monkeypatch.setattr(models, "WORTH_SHARING", 0)
-    monkeypatch.setattr(models, "CACHE_STEP", 256)
+        monkeypatch.setattr(merged_linear, "MIN_BYTES_TO_SPLIT", 0)
+    monkeypatch.setattr(kv_cache, "STEP", 256)
     if way == "as on a GPU":
         go_as_on_a_gpu(monkeypatch)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
@@ -336,6 +336,6 @@ def test_a_prompt_holds_the_dequantized_weights_of_few_layers():
     mx.eval(model.parameters())
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    lora.read_prompt(model, [1] * 40)
+    prefill(model, [1] * 40)
     a_layer = 4 * 256 * (2 * 256 + 2 * 128 + 3 * 512)
     assert mx.get_peak_memory() - before < 6 * a_layer

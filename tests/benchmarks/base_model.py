@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402  from the repository's root
-from models import Model, cross_entropy  # noqa: E402
+from models import Model  # noqa: E402
+from parts.ops import cross_entropy  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402

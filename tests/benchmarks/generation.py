@@ -29,9 +29,10 @@ WINDOW = 50  # tokens whose median time counts as that of one in their middle
 def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], int], Iterator[int]]:
     model = make_ours(shape, dtype, bits, adapters=False)
     import lora
+    from parts.decoder import generate_step
 
     lora.open_streams(1)
-    return lambda prompt, _: lora.generate_ids(model, prompt, 0.0)
+    return lambda prompt, _: generate_step(model, prompt, 0.0)
 
 
 def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> Callable:

@@ -81,6 +81,7 @@ def make_checkpoints(shape: tuple, folder: Path) -> None:
 def load_ours(folder: Path, dtype: str):
     sys.path.insert(0, str(ROOT))
     import lora
+    from parts.decoder import generate_step
 
     import mlx.core as mx
 
@@ -89,7 +90,7 @@ def load_ours(folder: Path, dtype: str):
     lora.load_weights(model, folder / "weights.npz", getattr(mx, dtype))
     yield
     lora.open_streams(1)
-    next(lora.generate_ids(model, [1], 0.0))
+    next(generate_step(model, [1], 0.0))
 
 
 def load_mlx_lm(folder: Path, dtype: str):

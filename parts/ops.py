@@ -1,0 +1,125 @@
+"""The operations of the network, each in the form that the device computes fastest.
+
+The one door: a caller names the operation, and here it is decided whether a CPU's form (ops_cpu), a
+kernel of CUDA (ops_cuda) or MLX's own computes it. All forms agree, and have gradients.
+"""
+
+import math
+
+from parts import device, ops_cpu, ops_cuda
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`, in their shape and dtype (Shazeer, "GLU Variants Improve Transformer",
+    2020).
+    """
+    return ops_cpu.swiglu(gate, up) if device.ON_CPU else swiglu_on_gpu(gate, up)
+
+
+# To a GPU an exponential costs less than to store and fetch it: the gradient computes it again.
+@mx.custom_function
+def swiglu_on_gpu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`."""
+    return gate / (1 + mx.exp(-gate)) * up
+
+
+@swiglu_on_gpu.vjp
+def swiglu_on_gpu_vjp(
+    primals: tuple[mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The gradients of gate and up."""
+    gate, up = primals
+    if ops_cuda.has_kernels(gate):
+        return ops_cuda.swiglu_gradients(gate, up, cotangent)
+    # `mx.compile` would store what two of its kernels share, so each gradient, and the forward
+    # pass, has an expression of its own.
+    x = gate.astype(mx.float32)
+    sigmoid = 1 / (1 + mx.exp(-x))
+    gradient = cotangent * up * (sigmoid + x * sigmoid * (1 - sigmoid))
+    return gradient.astype(gate.dtype), cotangent * nn.silu(gate)
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Minus the log-probability, in nats and float32, of each target.
+
+    logits: (..., V); targets: (...) integer. Returns (...).
+    """
+    form = ops_cpu.cross_entropy if device.ON_CPU else mx.fast.cross_entropy
+    return form(logits, targets)
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """Scaled dot-product attention. The last query sees all keys, each earlier one a key fewer.
+
+    queries: (B, H, L, head_dim); keys and values: (B, K, S, head_dim). Returns the queries' shape.
+    """
+    if device.ON_CPU:
+        return ops_cpu.attention(queries, keys, values, scale)
+    mask = "causal" if queries.shape[2] > 1 else None
+    return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+
+def rope(x: mx.array, offset: int | mx.array, theta: float, training: bool = False) -> mx.array:
+    """Rotate each pair of neighbouring channels by an angle that grows with the position.
+
+    x: (B, L, heads, head_dim), the positions from `offset` on, which for one position may be an
+    array. Returns the same shape. In `training`, CUDA has a kernel for it and for its gradient.
+    """
+    batch, length, heads, head_dim = x.shape
+    if device.ON_CPU:
+        return ops_cpu.rope(x, offset, theta)
+    if training and ops_cuda.has_kernels(x):
+        return ops_cuda.rope(x, offset, theta)
+    if length > 1:  # one for each row: MLX then takes x as it lies
+        offset = mx.tile(mx.arange(offset, offset + length), batch)
+    options = {"traditional": True, "base": theta, "scale": 1.0, "offset": offset}
+    return mx.fast.rope(x.reshape(-1, heads, 1, head_dim), head_dim, **options).reshape(x.shape)
+
+
+def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
+    """x (..., D) divided by its root mean square, times weight (D) (Zhang and Sennrich, 2019)."""
+    return mx.fast.rms_norm(x, weight, eps)
+
+
+def rms_norm_residual(
+    x: mx.array, weight: mx.array, eps: float, training: bool
+) -> tuple[mx.array, mx.array]:
+    """x (..., D), and x normalised. In `training`, CUDA adds both gradients of x in one kernel, and
+    computes none of the weight.
+    """
+    if training and x.dtype == weight.dtype and ops_cuda.has_kernels(x):
+        return ops_cuda.rms_norm_residual(x, weight, eps)
+    return x, rms_norm(x, weight, eps)
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """x (..., K) times the transpose of N quantized rows: (..., N).
+
+    Many rows of x are multiplied with dequantized weights where that beats MLX's own product: on a
+    CPU and with CUDA. They are not kept for the backward pass, but dequantized again.
+    """
+    settings = {"group_size": group_size, "bits": bits}
+    if x.size // x.shape[-1] <= most_rows_of_mlx():
+        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **settings)
+
+    @mx.custom_function
+    def product(x: mx.array) -> mx.array:
+        return x @ mx.dequantize(weight, scales, biases, **settings).T
+
+    @product.vjp
+    def product_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        return cotangent @ mx.dequantize(weight, scales, biases, **settings)
+
+    return product(x)
+
+
+def most_rows_of_mlx() -> float:
+    """The rows up to which MLX's product with quantized weights is the fastest."""
+    if device.ON_CPU:
+        return 2
+    return 16 if device.has_cuda() else math.inf

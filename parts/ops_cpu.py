@@ -1,0 +1,195 @@
+"""The operations of the network for a CPU, with their gradients.
+
+Once products are fast, a CPU spends its time in exponentials: each is computed no more often than
+it must be, and in the cheapest of MLX's ways. The forward pass keeps what the gradient needs.
+"""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.rope import cos_sin, rotate_half_matrix
+
+import mlx.core as mx
+
+QUERY_BLOCK = 128  # positions whose attention is computed at once
+
+
+def exp(x: mx.array) -> mx.array:
+    """e to the x. The power is as exact as `mx.exp`, and takes a third of its time."""
+    return mx.power(math.e, x)
+
+
+def row_max(x: mx.array) -> mx.array:
+    """The maximum along the last axis, which is kept with size 1. A CPU compares rows with each
+    other faster than the values of one.
+    """
+    if x.shape[-1] % 128 == 0:
+        x = x.reshape(*x.shape[:-1], -1, 128).max(-2)
+    return x.max(-1, keepdims=True)
+
+
+def row_sum(x: mx.array) -> mx.array:
+    """The sum over the last axis, which is kept with size 1. A product is the fastest way."""
+    return x @ column_of_ones(x.shape[-1], x.dtype)
+
+
+@lru_cache
+def column_of_ones(n: int, dtype: mx.Dtype) -> mx.array:
+    """Ones (n, 1)."""
+    return mx.array(np.ones((n, 1)), dtype)
+
+
+# -------------------------------------------------------------------------------------------------
+# SwiGLU
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`, in their shape and dtype."""
+    return swiglu_with_parts(gate, up)[0]
+
+
+@mx.custom_function
+def swiglu_with_parts(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """SwiGLU, silu(gate), and what silu divides by."""
+    divisor = 1 + mx.power(1 / math.e, gate)  # exp(-gate), without a pass for the sign
+    silu = gate / divisor
+    return silu * up, silu, divisor
+
+
+@swiglu_with_parts.vjp
+def swiglu_vjp(
+    primals: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
+    """The gradients of gate and up."""
+    (_, up), (cotangent, *_), (_, silu, divisor) = primals, cotangents, outputs
+    return cotangent * up * (silu + (1 - silu) / divisor), cotangent * silu
+
+
+# -------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """See `ops.cross_entropy`."""
+    return cross_entropy_with_parts(logits.astype(mx.float32), targets)[0]
+
+
+@mx.custom_function
+def cross_entropy_with_parts(
+    logits: mx.array, targets: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The losses (...), exp(logits - their maximum) (..., V), and its sum (..., 1)."""
+    max_logit = row_max(logits)
+    exps = exp(logits - max_logit)
+    sum_exp = row_sum(exps)
+    at_target = mx.take_along_axis(logits, targets[..., None], -1)
+    return (mx.log(sum_exp) + max_logit - at_target).squeeze(-1), exps, sum_exp
+
+
+@cross_entropy_with_parts.vjp
+def cross_entropy_vjp(
+    primals: tuple[mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
+) -> tuple[mx.array, mx.array]:
+    """The gradient of the logits: softmax, minus one at the target, times the cotangent."""
+    (_, targets), (cotangent, *_), (_, exps, sum_exp) = primals, cotangents, outputs
+    gradient = (exps * (cotangent[..., None] / sum_exp)).flatten()
+    at_targets = mx.arange(targets.size, dtype=mx.int64) * exps.shape[-1] + targets.flatten()
+    gradient = gradient.at[at_targets].subtract(cotangent.flatten())
+    return gradient.reshape(exps.shape), mx.zeros_like(targets)
+
+
+# -------------------------------------------------------------------------------------------------
+# Attention
+
+
+def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+    """See `ops.attention`. In blocks of queries, so that keys which no query sees cost nothing."""
+    batch, n_heads, length, head_dim = queries.shape
+    n_kv_heads, n_positions = keys.shape[1:3]
+    blocks = []
+    for start in range(0, length, QUERY_BLOCK):
+        block = queries[:, :, start : start + QUERY_BLOCK] * scale
+        n = block.shape[2]
+        n_keys = n_positions - length + start + n
+        # The queries that share a key head are one matrix: (B, K, H / K * n, head_dim).
+        block = block.reshape(batch, n_kv_heads, -1, head_dim)
+        mask = causal_mask(n, n_keys, n_heads // n_kv_heads, block.dtype)
+        out, *_ = masked_attention(block, keys[:, :, :n_keys], values[:, :, :n_keys], mask)
+        blocks.append(out.reshape(batch, n_heads, n, head_dim))
+    return mx.concatenate(blocks, axis=2)
+
+
+@lru_cache(maxsize=16)  # what the layers have in common
+def causal_mask(n: int, n_keys: int, group_size: int, dtype: mx.Dtype) -> mx.array:
+    """What to add to the scores of the last `n` of `n_keys` positions, for each of the
+    `group_size` heads that share a key head: (group_size * n, n_keys) of zeros, and of minus
+    infinity where keys come later.
+    """
+    is_later = np.arange(n_keys) > np.arange(n_keys - n, n_keys)[:, None]
+    return mx.array(np.tile(np.where(is_later, -np.inf, 0), (group_size, 1)), dtype)
+
+
+@mx.custom_function
+def masked_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The output, exp(scores - their maximum), and its sum (..., 1)."""
+    scores = queries @ keys.swapaxes(-1, -2) + mask
+    exps = exp(scores - row_max(scores))
+    sum_exp = row_sum(exps)
+    return exps @ values / sum_exp, exps, sum_exp
+
+
+@masked_attention.vjp
+def masked_attention_vjp(
+    primals: tuple[mx.array, mx.array, mx.array, mx.array],
+    cotangents: tuple[mx.array, mx.array, mx.array],
+    outputs: tuple[mx.array, mx.array, mx.array],
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """The gradients of queries, keys and values; none of the mask."""
+    queries, keys, values, mask = primals
+    out, exps, sum_exp = outputs
+    cotangent = cotangents[0] / sum_exp
+    # The sum over a row of weights times their gradients is that of output times its gradient (Dao
+    # et al., "FlashAttention", 2022), which has fewer columns.
+    gradient = exps * (cotangent @ values.swapaxes(-1, -2) - row_sum(cotangent * out))
+    return (
+        gradient @ keys,
+        gradient.swapaxes(-1, -2) @ queries,
+        exps.swapaxes(-1, -2) @ cotangent,
+        mx.zeros_like(mask),
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# Rotary positions
+
+
+def rope(x: mx.array, offset: int, theta: float) -> mx.array:
+    """See `ops.rope`."""
+    _, length, _, head_dim = x.shape
+    tables = cos_sin(offset, length, head_dim, theta)
+    return rotate(x, *(table.astype(x.dtype) for table in tables))
+
+
+@mx.custom_function
+def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
+    """Rotate pairs of channels of x (B, L, heads, head_dim) by angles (L, 1, head_dim)."""
+    return x * cosines + x @ rotate_half_matrix(x.shape[-1], x.dtype) * sines
+
+
+@rotate.vjp
+def rotate_vjp(
+    primals: tuple[mx.array, mx.array, mx.array], cotangent: mx.array, _: mx.array
+) -> tuple[mx.array, mx.array, mx.array]:
+    """The gradient of x, rotated back by the same angles; none of the tables."""
+    _, cosines, sines = primals
+    tables = mx.zeros_like(cosines), mx.zeros_like(sines)
+    return rotate(cotangent, cosines, -sines), *tables
