@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 from parts import cuda, decoder_cuda, device, kv_cache, ops_cuda
 from parts.decoder import Decoder, generate_step
@@ -183,6 +184,17 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
     monkeypatch.setattr(mx, "compile", lambda function: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
     return names
+
+
+@pytest.mark.parametrize("name", ["numbers.cuh", "ops_cuda.cu", "decoder_cuda.cu"])
+def test_an_error_of_the_compiler_names_the_file_of_the_kernel_and_the_line(name):
+    lines = (ROOT / "parts" / name).read_text("utf-8").splitlines(keepends=True)
+    broken = [*lines[:9], "#error broken\n", *lines[10:]]
+    source = cuda.read_source("ops_cuda.cu" if name == "numbers.cuh" else name)
+    source = source.replace("".join(lines), "".join(broken))
+    command = ["g++", "-E", "-x", "c++", "-"]
+    process = subprocess.run(command, input=source, capture_output=True, text=True)
+    assert f"parts/{name}:10:" in process.stderr
 
 
 ARGS = ModelArgs(
