@@ -12,7 +12,6 @@ folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
 import argparse
-import difflib
 import hashlib
 import io
 import itertools
@@ -39,7 +38,8 @@ import numpy as np
 from sentencepiece import SentencePieceProcessor
 from tqdm import tqdm
 
-from parts import device  # before MLX, for its BLAS
+from parts import cli, device  # before MLX, for its BLAS
+from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.device import available_cores, check_memory, open_streams, set_portions
 from parts.decoder import generate_step
 from parts.files import check_content, decode_text, is_safetensors
@@ -71,98 +71,61 @@ PADDING = 0.045  # the share of a padded length by which the next shorter one is
 # Arguments
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
-
-
-def number(kind: type, accept: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    """A type for argparse: a finite number of `kind` that `accept` takes."""
-
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and accept(value)):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-        return value
-
-    return parse
-
-
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script, each documented beside its default."""
-    count = number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
-    length = number(int, lambda n: n >= 2, "a whole number of at least 2")
-    batches = number(
+    count = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
+    length = cli.number(int, lambda n: n >= 2, "a whole number of at least 2")
+    batches = cli.number(
         int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
     )
-    temperature = number(float, lambda t: t >= 0, "a number of at least 0")
-    rate = number(float, lambda r: r > 0, "a number above 0")
-    seed = number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+    temperature = cli.number(float, lambda t: t >= 0, "a number of at least 0")
+    rate = cli.number(float, lambda r: r > 0, "a number above 0")
+    seed = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
-    description, _, examples = __doc__.partition("\n\n")
-    parser = OneLineParser(
-        prog="lora.py",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument_group("what to do (at least one)").add_argument
+    add("--train", action="store_true", help="train adapters")
+    add("--test", action="store_true", help="compute the loss on the test set")
+    add("--prompt", "-p", help="generate text that goes on from this; - reads it")
 
-    def add(group: argparse._ArgumentGroup, *flags: str, help: str, **options) -> None:
-        default = options.get("default")
-        shown = "" if default is None or default is False else f" (default: {default})"
-        group.add_argument(*flags, help=help + shown, **options)
-
-    group = parser.add_argument_group("what to do (at least one)")
-    add(group, "--train", action="store_true", help="train adapters")
-    add(group, "--test", action="store_true", help="compute the loss on the test set")
-    add(group, "--prompt", "-p", help="generate text that goes on from this; - reads it")
-
-    group = parser.add_argument_group("model")
-    add(group, "--model", default="mlx_model", help="folder made by convert.py")
-    add(group, "--adapter-file", default="adapters.npz", help="adapters to write, or to use")
-    add(group, "--no-adapter", action="store_true", help="test or generate with the base model")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="mlx_model", help="folder made by convert.py")
+    add("--adapter-file", default="adapters.npz", help="adapters to write, or to use")
+    add("--no-adapter", action="store_true", help="test or generate with the base model")
     add(
-        group,
         "--dtype",
         choices=("auto", *DTYPES),
         default="auto",
         help="type to compute in; auto is float32 on a CPU and bfloat16 on a GPU, but float16 to "
         "generate on an M1 or M2",
     )
-    add(group, "--seed", type=seed, default=0, help="seed of all random numbers")
+    add("--seed", type=seed, default=0, help="seed of all random numbers")
 
-    group = parser.add_argument_group("training")
-    add(group, "--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
-    add(group, "--lora-layers", type=count, default=16, help="layers to adapt, from the top")
-    add(group, "--batch-size", type=count, default=4, help="sequences a step, on all ranks")
-    add(group, "--iters", type=count, default=1000, help="steps to train in all")
-    add(group, "--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
-    add(group, "--grad-checkpoint", action="store_true", help="less memory, a third more time")
-    add(group, "--max-seq-length", type=length, default=2048, help="tokens of a text at most")
+    add = parser.add_argument_group("training").add_argument
+    add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
+    add("--lora-layers", type=count, default=16, help="layers to adapt, from the top")
+    add("--batch-size", type=count, default=4, help="sequences a step, on all ranks")
+    add("--iters", type=count, default=1000, help="steps to train in all")
+    add("--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
+    add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
+    add("--max-seq-length", type=length, default=2048, help="tokens of a text at most")
     add(
-        group,
         "--resume-adapter-file",
         help="adapters to go on from: where they were saved, or as the start of a new run if no "
         "state lies beside them",
     )
-    add(group, "--steps-per-report", type=count, default=10, help="steps between two reports")
-    add(group, "--steps-per-eval", type=count, default=200, help="steps between two validations")
-    add(group, "--save-every", type=count, default=100, help="steps between two saves")
+    add("--steps-per-report", type=count, default=10, help="steps between two reports")
+    add("--steps-per-eval", type=count, default=200, help="steps between two validations")
+    add("--save-every", type=count, default=100, help="steps between two saves")
 
-    group = parser.add_argument_group("evaluation")
-    add(group, "--val-batches", type=batches, default=25, help="batches a validation, -1: all")
-    add(group, "--test-batches", type=batches, default=500, help="batches of the test, -1: all")
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--val-batches", type=batches, default=25, help="batches a validation, -1: all")
+    add("--test-batches", type=batches, default=500, help="batches of the test, -1: all")
 
-    group = parser.add_argument_group("generation")
-    add(group, "--num-tokens", "-n", type=count, default=100, help="tokens to generate at most")
-    add(group, "--write-every", type=count, default=1, help="tokens between two writes")
-    add(group, "--temp", type=temperature, default=0.8, help="sampling temperature, 0: greedy")
+    add = parser.add_argument_group("generation").add_argument
+    add("--num-tokens", "-n", type=count, default=100, help="tokens to generate at most")
+    add("--write-every", type=count, default=1, help="tokens between two writes")
+    add("--temp", type=temperature, default=0.8, help="sampling temperature, 0: greedy")
     return parser
 
 
@@ -197,7 +160,7 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     adapter = adapter_to_load(args)
     if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(
-            f"there is no adapter file {adapter}{similar(adapter)}: make one with --train, "
+            f"there is no adapter file {adapter}{did_you_mean(adapter)}: make one with --train, "
             "or give --no-adapter for the base model alone"
         )
     if adapter is not None:
@@ -243,15 +206,6 @@ def holds_adapters(path: Path) -> bool:
             return all(ADAPTER_KEY.fullmatch(n.removesuffix(".npy")) for n in archive.namelist())
     except (zipfile.BadZipFile, OSError):
         return path.stat().st_size == 0
-
-
-def similar(path: str | Path) -> str:
-    """A question whether a path that exists was meant in place of one that does not, or nothing."""
-    path = Path(path)
-    while not path.parent.is_dir():
-        path = path.parent
-    close = difflib.get_close_matches(path.name, os.listdir(path.parent), n=1)
-    return f" (did you mean {path.parent / close[0]}?)" if close and not path.exists() else ""
 
 
 def adapter_to_load(args: argparse.Namespace) -> str | None:
@@ -535,7 +489,7 @@ class Dataset:
     def __init__(self, path: str | Path, key: str = "text"):
         if not Path(path).is_file():
             raise FileNotFoundError(
-                f"{path} is missing{similar(path)}: --data takes a folder with train.jsonl, "
+                f"{path} is missing{did_you_mean(path)}: --data takes a folder with train.jsonl, "
                 "valid.jsonl and test.jsonl, such as cwk_create_dataset.py makes"
             )
         check_content(path)
@@ -1409,8 +1363,8 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
     for name in ("params.json", "weights.npz", "tokenizer.model"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name} is missing{similar(folder / name)}: --model takes a folder that "
-                "convert.py made"
+                f"{folder / name} is missing{did_you_mean(folder / name)}: --model takes a "
+                "folder that convert.py made"
             )
         check_content(folder / name)
     model = read_config(folder / "params.json")
@@ -1583,7 +1537,7 @@ def prepare(
         if ranks.size == 1:
             return prepared
         identity = describe_input(args, sets)
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         if ranks.size == 1:
             raise
         problem = str(error)[:600]  # which `gather` takes, however JSON spells it
@@ -1664,45 +1618,21 @@ def resuming_command(args: argparse.Namespace) -> str:
     return shlex.join(["python", sys.argv[0], *flags])
 
 
-def warn(message: str) -> None:
-    tqdm.write(f"lora.py: warning: {message}", file=sys.stderr)
-
-
-def fail(error: BaseException, status: int) -> NoReturn:
-    """Say on one line what went wrong, and exit."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    advice = device.advice(error)
-    print(f"lora.py: error: {message}{f'; {advice}' if advice else ''}", file=sys.stderr)
-    sys.exit(status)
-
-
-# Errors that the user can mend, and ends of a run to which all ranks come together.
-MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
-COMMON_ENDS = (*MISTAKES, Stopped, FloatingPointError, NotSaved, SystemExit, KeyboardInterrupt)
+# Ends of a run to which all ranks come together.
+COMMON_ENDS = (*USER_ERRORS, Stopped, FloatingPointError, NotSaved, SystemExit, KeyboardInterrupt)
 
 
 def main() -> None:
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
-    try:
+    cli.open_closed_streams()
+    with cli.exit_statuses(device.advice):
         if launched_rank():  # for all ranks but the first
             sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open to the end
-        with Ranks.join() as ranks:
-            args = build_parser().parse_args()
-            run(args, ranks)
-    except Stopped as stop:
-        print(f"lora.py: {stop}; go on with: {resuming_command(args)}", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # whoever read the output has left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except MISTAKES as error:
-        fail(error, 2)  # the user can mend it
-    except (OSError, MemoryError, RuntimeError, FloatingPointError) as error:
-        fail(error, 1)  # the machine failed
+        try:
+            with Ranks.join() as ranks:
+                args = build_parser().parse_args()
+                run(args, ranks)
+        except Stopped as stop:
+            cli.leave(128 + stop.signum, f"{stop}; go on with: {resuming_command(args)}")
 
 
 if __name__ == "__main__":

