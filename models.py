@@ -219,3 +219,10 @@ class Model(nn.Module):
             x, layer_cache = run(x, layer_cache)
             new_cache.append(layer_cache)
         return self.output(self.norm(x)), new_cache
+
+
+def quantizable(name: str, module: nn.Module) -> bool:
+    """Whether a quantized model has this module quantized: every linear layer but the output
+    projection, which is recognised by its name, since others may have its size.
+    """
+    return isinstance(module, nn.Linear) and name != "output"

@@ -98,6 +98,14 @@ def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
     return [mx.new_stream(mx.cpu) for _ in range(n)]
 
 
+def core_streams() -> list[mx.Stream]:
+    """Return a new stream for each core of a CPU, where MLX runs a stream on one thread, or one for
+    a GPU. Unlike `open_streams`, it leaves the BLAS and the C library's memory as they are.
+    """
+    n_streams = len(available_cores()) if ON_CPU else 1
+    return [mx.new_stream(mx.default_device()) for _ in range(n_streams)]
+
+
 def set_portions(training: bool) -> None:
     """Set how many megabytes of arrays the work that CUDA is handed at once may touch, unless the
     user has. To be called before MLX computes anything.

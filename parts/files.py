@@ -1,5 +1,6 @@
-"""What a file holds, whatever its name says; and text as editors write it."""
+"""What a file holds, whatever its name says; JSON; and text as editors write it."""
 
+import json
 import re
 from pathlib import Path
 
@@ -38,3 +39,24 @@ def decode_text(content: bytes, source: str) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not valid UTF-8: {error}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
+
+
+def find_file(path: Path) -> Path:
+    """Return the path of a file that exists. Raises FileNotFoundError where it does not, ValueError
+    where something else lies there.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it is part of the checkpoint, download it")
+    check_content(path)
+    return path
+
+
+def read_json(path: Path) -> dict:
+    """Read the object in a JSON file. Raises FileNotFoundError or ValueError."""
+    try:
+        content = json.loads(find_file(path).read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold an object")
+    return content

@@ -22,6 +22,7 @@ from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script
 import convert
 import lora
 from models import Model, ModelArgs
+from parts import checkpoints, model_folder
 from parts.legacy_torch import open_legacy
 
 import mlx.core as mx
@@ -115,7 +116,7 @@ def test_given_values_are_kept(tmp_path):
 def test_two_conversions_are_equal_byte_for_byte(checkpoint, tmp_path):
     for name in ("one", "two"):
         assert run(checkpoint, tmp_path / name, "-q", "--q-group-size", 32).returncode == 0
-    for name in convert.FILES:
+    for name in model_folder.FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
@@ -382,7 +383,7 @@ def test_every_layout_of_one_model_gives_the_same_bytes(write, tmp_path):
     for name in ("one", "other"):
         process = run(tmp_path / name, tmp_path / f"{name}-mlx")
         assert process.returncode == 0, process.stderr
-    for name in convert.FILES:
+    for name in model_folder.FILES:
         expected = (tmp_path / "one-mlx" / name).read_bytes()
         assert (tmp_path / "other-mlx" / name).read_bytes() == expected
 
@@ -483,7 +484,7 @@ def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, sa
 )
 def test_another_architecture_is_named(config, name):
     with pytest.raises(ValueError, match=f"config.json: the architecture {name} is not supported"):
-        convert.from_hugging_face(config, {})
+        checkpoints.from_hugging_face(config, {})
 
 
 def test_mistrals_mamba_is_named(checkpoint, tmp_path):
@@ -637,7 +638,7 @@ def test_another_models_folder_is_left_alone(checkpoint, tmp_path):
         for file, content in files.items():
             (folder / file).write_bytes(content)
         with pytest.raises(ValueError, match=f"--mlx-path {folder} .*: name another"):
-            convert.check_replaceable(folder)
+            model_folder.check_replaceable(folder)
     assert "is another model's, with config.json" in error_of(
         run(checkpoint, tmp_path / "hugging-face")
     )
@@ -702,7 +703,7 @@ def test_two_at_a_time_do_not_write_into_one_folder(checkpoint, tmp_path, existi
     assert list(staged.iterdir()) == []
     os.close(first)
     assert run(checkpoint, target).returncode == 0
-    assert sorted(path.name for path in target.iterdir()) == sorted(convert.FILES)
+    assert sorted(path.name for path in target.iterdir()) == sorted(model_folder.FILES)
 
 
 def test_names_that_the_terminal_lacks_are_printed_with_question_marks(checkpoint, tmp_path):

@@ -225,8 +225,7 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
     model = Model(ARGS).eval()
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
-        linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
-        nn.quantize(model, 32, bits, class_predicate=linear)
+        nn.quantize(model, 32, bits, class_predicate=models.quantizable)
     if adapted:
         lora.add_lora(model, [1])
         for name in ("wq", "wv"):

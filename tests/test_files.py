@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import MISTRAL_TOKENIZER, run_script
 
-import convert
+from parts import checkpoints
 from parts.files import check_content
 
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14483498224\n"
@@ -88,13 +88,13 @@ def test_in_a_checkpoints_folder(tmp_path, name, others):
     for file, content in {**others, name: LFS}.items():
         (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=f"{tmp_path / name} is {NAMES_LFS}"):
-        convert.open_checkpoint(tmp_path)
+        checkpoints.open_checkpoint(tmp_path)
 
 
 def test_a_checkpoints_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_text(LFS)
     with pytest.raises(ValueError, match=f"tokenizer.model is {NAMES_LFS}"):
-        convert.find_tokenizer(tmp_path, 32000)
+        checkpoints.find_tokenizer(tmp_path, 32000)
     (tmp_path / "consolidated.00.pth").write_text(LFS)
     (tmp_path / "params.json").write_text("{}")
     says = error_of("convert.py", "--torch-path", tmp_path, "--mlx-path", tmp_path / "mlx")

@@ -43,7 +43,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import lora
-from models import Model, ModelArgs
+from models import Model, ModelArgs, quantizable
 
 TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
 
@@ -883,8 +883,7 @@ def test_a_model_that_does_not_fit_the_memory_is_refused_with_the_figure(tiny_mo
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_memory_that_is_asked_for_is_what_the_weights_take(tmp_path, monkeypatch, dtype):
     model = Model(ModelArgs(**TINY))
-    linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
-    nn.quantize(model, 32, 4, class_predicate=linear)
+    nn.quantize(model, 32, 4, class_predicate=quantizable)
     write_model(tmp_path, model, quantization={"group_size": 32, "bits": 4})
     asked = []
     monkeypatch.setattr(lora, "check_memory", asked.append)

@@ -158,8 +158,7 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
         go_as_on_a_gpu(monkeypatch)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
     if bits < 16:
-        linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
-        nn.quantize(model, 32, bits, class_predicate=linear)
+        nn.quantize(model, 32, bits, class_predicate=models.quantizable)
     if adapted:
         lora.add_lora(model, [1, 2])
         for layer in model.layers[1:]:

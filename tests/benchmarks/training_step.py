@@ -33,7 +33,7 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
     import lora
-    from models import Model, ModelArgs
+    from models import Model, ModelArgs, quantizable
     from parts.device import set_portions
 
     import mlx.core as mx
@@ -44,8 +44,7 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     model = Model(ModelArgs(dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary))
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
-        linear = lambda name, m: isinstance(m, nn.Linear) and name != "output"  # noqa: E731
-        nn.quantize(model, 64, bits, class_predicate=linear)
+        nn.quantize(model, 64, bits, class_predicate=quantizable)
     if adapters:
         lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
     mx.eval(model.parameters())
