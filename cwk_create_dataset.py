@@ -11,33 +11,22 @@ from parts import python_version  # noqa: F401  before what an older Python lack
 
 import argparse
 import json
-import multiprocessing
 import os
 import random
 import re
-import signal
-import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from itertools import islice
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from threading import Event, Lock
-from typing import BinaryIO, NamedTuple, NoReturn
-
-from tqdm import tqdm
+from threading import Lock
+from typing import BinaryIO, NamedTuple
 
 # Light ones: each process that reads a package imports them again.
-from parts import docstrings
+from parts import cli, docstrings
 from parts.files import check_content
-from parts.foreign import TookTooLong, describe
-from parts.package_modules import import_modules, names_of_distribution
-from parts.public_objects import documented_objects
+from parts.package_modules import names_of_distribution
+from parts.package_reader import Record, Settings, read_packages
 
 SEQ_LIMIT = 2048  # characters of a docstring at most
 TEST_SET_SIZE = 0.1  # share of the records that are the test set; the validation set is as large
@@ -51,143 +40,6 @@ MODULE_SECONDS = 120  # that the import of a module may take
 PACKAGE_SECONDS = 1800  # that the imports of a package may take; to look at them, as much again
 GRACE_SECONDS = 30  # after which a process that does not interrupt itself is killed
 QUESTION = "Q: What is {name} in {package}?\nA: "
-
-
-class Record(NamedTuple):
-    """A documented object: its package, its name there, its dotted name, and its docstring."""
-
-    package: str
-    name: str
-    dotted_name: str
-    docstring: str
-
-
-# -------------------------------------------------------------------------------------------------
-# Reading packages, each in processes of its own, since importing runs the package's code
-
-
-def read_package(
-    package: str, left_out: set[str], seconds: tuple[float, float], connection: Connection
-) -> None:
-    """What such a process does: send what it imports, what it skips, and batches of records.
-
-    seconds: that a module may take, and that are left for the package.
-    """
-    own_pid = os.getpid()
-
-    def tell(*message: object) -> None:
-        if os.getpid() != own_pid:
-            os._exit(0)  # a module has forked: one of the two continues
-        connection.send(message)
-
-    stand_alone()
-    module_seconds, package_seconds = seconds
-    deadline = time.monotonic() + package_seconds
-    try:
-        modules = import_modules(package, left_out, tell, module_seconds, deadline)
-        found = documented_objects(package, modules, left_out, tell)
-        clean = docstrings.clean if PREPROCESS else docstrings.truncate
-        cleaned = [(name, path, clean(docstring, SEQ_LIMIT)) for name, path, docstring in found]
-        records = iter([(package, *record) for record in cleaned if record[-1]])
-        for batch in iter(lambda: list(islice(records, BATCH_SIZE)), []):
-            tell("records", batch)
-    except TookTooLong:
-        tell("slow", package)
-    except BaseException as error:  # whatever a foreign package may raise
-        tell("skip", package, describe(error))
-    tell("end")
-    connection.close()
-    os._exit(0)  # whatever threads the package has started
-
-
-def stand_alone() -> None:
-    """Keep the user from what a package prints, asks for or shows, and it from the suite's."""
-    os.setsid()  # so that it can be killed with all processes that it starts
-    with open(os.devnull, "r+") as nothing:
-        for stream in (0, 1, 2):
-            os.dup2(nothing.fileno(), stream)
-    for name in ("DISPLAY", "WAYLAND_DISPLAY"):
-        os.environ.pop(name, None)
-    os.environ |= {"MPLBACKEND": "Agg", "QT_QPA_PLATFORM": "offscreen", "SDL_VIDEODRIVER": "dummy"}
-    sys.argv = [""]
-    # The suite's modules must not stand in the place of the package's own, as `models`.
-    here = os.path.dirname(os.path.abspath(__file__))
-    sys.path = [path for path in sys.path if os.path.abspath(path) != here] + [here]
-    for name in [name for name in sys.modules if name.partition(".")[0] == "parts"]:
-        del sys.modules[name]
-
-
-@contextmanager
-def reader(
-    package: str, left_out: set[str], seconds: tuple[float, float]
-) -> Iterator[tuple[Connection, Callable[[], str]]]:
-    """A process that reads a package: what it sends, and a function that says how it ended."""
-    os.environ["PYTHONHASHSEED"] = "0"  # some docstrings print sets, which then have one order
-    context = multiprocessing.get_context("spawn")
-    connection, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=read_package, args=(package, left_out, seconds, theirs))
-    process.start()
-    theirs.close()
-
-    def ending() -> str:
-        process.join(5)
-        code = process.exitcode
-        if code is None:
-            return "it closed its connection"
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"it exited with {code}"
-
-    try:
-        yield connection, ending
-    finally:
-        end(process)
-
-
-def end(process: BaseProcess) -> None:
-    """Kill a process with all that it has started, also where it has ended by itself."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)  # its group has its number
-    process.kill()
-    process.join()
-
-
-def collect(package: str, take: Callable[[list[Record]], None], stopped: Event) -> dict[str, str]:
-    """Hand the records of a package to `take`; returns what was skipped, and why.
-
-    A module or an object that ends its process, or hangs where nothing interrupts it, is left out
-    in the next process. When `stopped` is set there is no next one.
-    """
-    skipped, deadline = {}, time.monotonic() + PACKAGE_SECONDS
-    slow = f"it took longer than {MODULE_SECONDS} s"
-    late = f"the package took longer than {PACKAGE_SECONDS} s"
-    while True:
-        current, handed_over = package, False
-        seconds = MODULE_SECONDS, deadline - time.monotonic()
-        with reader(package, set(skipped), seconds) as (connection, ending):
-            try:
-                while True:
-                    left = deadline + PACKAGE_SECONDS - time.monotonic()
-                    if not connection.poll(max(0, min(left, MODULE_SECONDS + GRACE_SECONDS))):
-                        reason = late if left < MODULE_SECONDS else slow
-                        break
-                    kind, *content = connection.recv()
-                    if kind in ("import", "look"):
-                        current = content[0]
-                    elif kind == "skip":
-                        skipped[content[0]] = content[1]
-                    elif kind in ("slow", "late"):
-                        skipped[content[0]] = slow if kind == "slow" else late
-                    elif kind == "records":
-                        handed_over = True
-                        take([Record(*fields) for fields in content[0]])
-                    else:
-                        return skipped
-            except EOFError:
-                reason = ending()
-        skipped[current] = reason
-        too_late = time.monotonic() > deadline or stopped.is_set()
-        if current == package or handed_over or too_late:
-            return skipped
-
 
 # -------------------------------------------------------------------------------------------------
 # Splitting and writing
@@ -283,12 +135,30 @@ def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> Non
 # The run
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        message = " ".join(message.split())
-        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+def build_parser() -> argparse.ArgumentParser:
+    """Return the flags of this script, whose defaults are the constants above."""
+    parser = cli.Parser(__doc__)
+    parser.add_argument(
+        "packages",
+        nargs="*",
+        metavar="PACKAGE",
+        default=PACKAGE_NAMES,
+        help=f"packages to read (default: {' '.join(PACKAGE_NAMES)})",
+    )
+    parser.add_argument("--data-folder", default=DATA_FOLDER, help="folder to write")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=os.cpu_count(),
+        help="packages to read at a time (default: as many as there are cores)",
+    )
+    parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace files in the folder that this script did not make, or made of other packages",
+    )
+    return parser
 
 
 def create_dataset(
@@ -314,7 +184,7 @@ def create_dataset(
             with lock:
                 spool.take(records)
 
-        skipped = read_all(packages, take, processes)
+        skipped = read_packages(packages, take, processes, reading_settings())
         lines = make_unique(sorted(spool.lines))
         empty = {
             name: why_empty(name, skipped.get(name))
@@ -377,23 +247,16 @@ def packages_in(path: Path) -> set[str] | None:
     return packages
 
 
-def read_all(
-    packages: list[str], take: Callable[[list[Record]], None], processes: int
-) -> dict[str, str]:
-    """Hand the records of all packages to `take`; returns what was skipped, and why."""
-    skipped, stopped = {}, Event()
-    with ThreadPoolExecutor(processes) as pool:
-        readings = pool.map(lambda package: collect(package, take, stopped), packages)
-        try:
-            for found in tqdm(readings, "Reading", len(packages), unit=" packages", disable=None):
-                skipped |= found
-        except BaseException:  # Ctrl-C, or a full disk
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
-                end(process)
-            raise
-    return skipped
+def reading_settings() -> Settings:
+    """Return what the constants of this file say about reading a package."""
+    clean = docstrings.clean if PREPROCESS else docstrings.truncate
+    return Settings(
+        clean=partial(clean, limit=SEQ_LIMIT),
+        batch_size=BATCH_SIZE,
+        module_seconds=MODULE_SECONDS,
+        package_seconds=PACKAGE_SECONDS,
+        grace_seconds=GRACE_SECONDS,
+    )
 
 
 def why_empty(package: str, reason: str | None) -> str:
@@ -447,65 +310,19 @@ def summarize(path: Path, count_tokens: Callable[[str], int] | None) -> None:
     print(f"{path}: {n_records} records{tokens}, the longest {longest} characters")
 
 
-def fail(error: BaseException, status: int) -> NoReturn:
-    """Say on one line what went wrong, and exit."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    print(f"cwk_create_dataset.py: error: {message}", file=sys.stderr)
-    sys.exit(status)
+def run(args: argparse.Namespace) -> None:
+    """Make the data set. A package that gave nothing is a failure, after the rest is written."""
+    if args.processes < 1:
+        build_parser().error("--processes is at least 1")
+    empty = create_dataset(
+        args.packages, Path(args.data_folder), args.processes, args.tokenizer, args.overwrite
+    )
+    if empty:
+        raise RuntimeError(f"no records of {'; '.join(by_reason(empty))}. The others are there")
 
 
 def main() -> None:
-    description, _, examples = __doc__.partition("\n\n")
-    parser = OneLineParser(
-        prog="cwk_create_dataset.py",
-        description=description,
-        epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "packages",
-        nargs="*",
-        metavar="PACKAGE",
-        default=PACKAGE_NAMES,
-        help=f"packages to read (default: {' '.join(PACKAGE_NAMES)})",
-    )
-    parser.add_argument(
-        "--data-folder", default=DATA_FOLDER, help="folder to write (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--processes",
-        type=int,
-        default=os.cpu_count(),
-        help="packages to read at a time (default: as many as there are cores)",
-    )
-    parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="replace files in the folder that this script did not make, or made of other packages",
-    )
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever called
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-    sys.stdout.reconfigure(errors="replace")  # a terminal without Unicode shows question marks
-    args = parser.parse_args()
-    if args.processes < 1:
-        parser.error("--processes is at least 1")
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, lambda number, _: sys.exit(128 + number))  # and end the readers
-    try:
-        empty = create_dataset(
-            args.packages, Path(args.data_folder), args.processes, args.tokenizer, args.overwrite
-        )
-        if empty:
-            fail(
-                ValueError(f"no records of {'; '.join(by_reason(empty))}. The others are there"), 1
-            )
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        fail(error, 2)  # the user can mend it
-    except (OSError, MemoryError, RuntimeError) as error:
-        fail(error, 1)  # the machine failed
+    cli.run(build_parser(), run)
 
 
 if __name__ == "__main__":
