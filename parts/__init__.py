@@ -15,11 +15,16 @@ kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
 decoder           generate text: prefill, one token at a time, sampling
 decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
-files             what a file holds, whatever its name says; text as editors write it
+files             what a file holds, whatever its name says; JSON; text as editors write it
+cli               one parser, errors on one line, exit statuses, signals, "did you mean"
+checkpoints       Meta's, Mistral's and Hugging Face's layouts, from one map of names
+lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
+model_folder      weights.npz, params.json and the tokenizer
 records           a line of JSONL to a text
 run_files         the files that a training writes, and whether those in their places are one's
 
+package_reader    a package's docstrings, read in processes of their own
 foreign           looking at the objects of other packages, which may run any code or never return
 package_modules   the modules of a package, imported, and what was installed with it
 docstrings        a docstring made fit to learn from: sections, truncation, noise
