@@ -433,6 +433,13 @@ def test_the_logits_are_those_of_transformers_on_the_same_folder(hugging_face, t
     np.testing.assert_allclose(np.array(model(mx.array(tokens))[0]), expected, atol=1e-3)
 
 
+def test_the_names_are_those_of_transformers_and_back_again(hugging_face):
+    ours = {name for name, _ in tree_flatten(Model(ModelArgs(**TINY)).parameters())}
+    theirs = {checkpoints.rename(name, checkpoints.TO_HUGGING_FACE) for name in ours}
+    assert theirs == set(hugging_face[1].state_dict())
+    assert {checkpoints.rename(name, checkpoints.TO_META) for name in theirs} == ours
+
+
 def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
     folder = tmp_path / "tied"
     shutil.copytree(hugging_face[0], folder)
