@@ -23,7 +23,7 @@ from mlx.utils import tree_map_with_path
 
 import lora
 from lora import digest
-from models import Model, ModelArgs
+from models import Model, ModelArgs, quantizable
 
 N_BLOCKS, THREADS = 5, 64
 pytestmark = [
@@ -225,7 +225,7 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
     model = Model(ARGS).eval()
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
-        nn.quantize(model, 32, bits, class_predicate=models.quantizable)
+        nn.quantize(model, 32, bits, class_predicate=quantizable)
     if adapted:
         lora.add_lora(model, [1])
         for name in ("wq", "wv"):

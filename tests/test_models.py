@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 import lora
-from models import Linear, LoRALinear, Model, ModelArgs
+from models import Linear, LoRALinear, Model, ModelArgs, quantizable
 
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -158,7 +158,7 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
         go_as_on_a_gpu(monkeypatch)
     _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
     if bits < 16:
-        nn.quantize(model, 32, bits, class_predicate=models.quantizable)
+        nn.quantize(model, 32, bits, class_predicate=quantizable)
     if adapted:
         lora.add_lora(model, [1, 2])
         for layer in model.layers[1:]:
