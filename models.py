@@ -17,6 +17,8 @@ from parts.kv_cache import KVCache
 import mlx.core as mx
 import mlx.nn as nn
 
+LORA_PROJECTIONS = ("wq", "wv")
+LORA_RANK = 8
 LORA_SCALE = 2.0
 
 
@@ -99,6 +101,21 @@ class LoRALinear(nn.Module):
         # The float32 matrices are cast: as they are, they would make everything after it float32.
         a, b = self.lora_a.astype(y.dtype), self.lora_b.astype(y.dtype)
         return mx.addmm(y, x @ a, b * self.scale)
+
+
+def add_lora(model: nn.Module, layers: list[int], rank: int = LORA_RANK) -> None:
+    """Freeze the model, and wrap the LORA_PROJECTIONS of the given layers with LoRA matrices."""
+    model.freeze()
+    for i in layers:
+        attention = model.layers[i].attention
+        for name in LORA_PROJECTIONS:
+            attention[name] = LoRALinear.from_linear(attention[name], rank)
+
+
+def top_layers(model: nn.Module, n: int) -> list[int]:
+    """Return the indices of the last `n` layers, or of all when there are fewer."""
+    n_layers = len(model.layers)
+    return list(range(max(0, n_layers - n), n_layers))
 
 
 class RMSNorm(nn.Module):

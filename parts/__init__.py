@@ -15,14 +15,22 @@ kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
 decoder           generate text: prefill, one token at a time, sampling
 decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
-files             what a file holds, whatever its name says; JSON; text as editors write it
+files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
 checkpoints       Meta's, Mistral's and Hugging Face's layouts, from one map of names
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
-model_folder      weights.npz, params.json and the tokenizer
+model_folder      weights.npz, params.json and the tokenizer: read, write
+tokenizers        SentencePiece models; text as a stream
 records           a line of JSONL to a text
+batches           rows of token ids to arrays of few lengths
+
+adapters          the adapter file: read, check, write
+run_state         crash-safe save and resume
+run_log           steps and seconds, lines and summaries, the log file, the plot
 run_files         the files that a training writes, and whether those in their places are one's
+interrupts        what Ctrl-C does to a training
+ranks             several processes that train together, and their watchdog
 
 package_reader    a package's docstrings, read in processes of their own
 foreign           looking at the objects of other packages, which may run any code or never return

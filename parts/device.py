@@ -54,6 +54,11 @@ TURNED = os.environ.get("MLX_LORA_DEVICE") == "metal"
 ON_CPU = mx.default_device() == mx.Device(mx.cpu) and not TURNED
 
 
+def has_slow_blas() -> bool:
+    """Whether a CPU computes with the BLAS that MLX's wheel bundles."""
+    return ON_CPU and not FAST_BLAS
+
+
 def has_cuda() -> bool:
     """Whether an NVIDIA GPU computes. A GPU without CUDA is Metal's."""
     return not ON_CPU and mx.cuda.is_available()
@@ -83,18 +88,18 @@ def available_cores() -> list[int]:
     return list(range(os.cpu_count()))
 
 
-def open_streams(n: int, n_sharing: int = 1) -> list[mx.Stream]:
+def open_streams(n: int, local_size: int = 1) -> list[mx.Stream]:
     """Streams to share a batch out among. On a CPU, where MLX runs a stream on one thread: at most
-    `n`, and at most this process's share of the cores, which `n_sharing` processes have; the
+    `n`, and at most this process's share of the cores, which `local_size` processes have; the
     threads of the BLAS are divided among them. On a GPU: the default stream.
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
     keep_freed_memory()
     n_cores = len(available_cores())
-    n = min(n, max(1, n_cores // n_sharing))
+    n = min(n, max(1, n_cores // local_size))
     if FAST_BLAS:
-        FAST_BLAS.MKL_Set_Num_Threads(max(1, n_cores // (n * n_sharing)))
+        FAST_BLAS.MKL_Set_Num_Threads(max(1, n_cores // (n * local_size)))
     return [mx.new_stream(mx.cpu) for _ in range(n)]
 
 
@@ -106,11 +111,11 @@ def core_streams() -> list[mx.Stream]:
     return [mx.new_stream(mx.default_device()) for _ in range(n_streams)]
 
 
-def set_portions(training: bool) -> None:
-    """Set how many megabytes of arrays the work that CUDA is handed at once may touch, unless the
-    user has. To be called before MLX computes anything.
+def limit_command_buffers(training: bool) -> None:
+    """Limit the megabytes of arrays that one command buffer of CUDA may touch, unless the user has.
+    Call it before MLX computes anything.
 
-    Small portions hold less memory while they wait. Between two the GPU idles, so that generating
+    Small buffers hold less memory while they wait. Between two the GPU idles, so that generating
     takes one for all layers.
     """
     if has_cuda():  # Metal would heed it as well

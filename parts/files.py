@@ -1,8 +1,13 @@
-"""What a file holds, whatever its name says; JSON; and text as editors write it."""
+"""Files: written whole or not at all, what they hold whatever their names say, JSON, text."""
 
+import hashlib
 import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 # What downloads leave in a file's place, by how it begins, and what to do about it.
 STAND_INS = {
@@ -60,3 +65,32 @@ def read_json(path: Path) -> dict:
     if not isinstance(content, dict):
         raise ValueError(f"{path} does not hold an object")
     return content
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 of the content, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def partial_file(path: str | Path) -> Path:
+    """Return where a file is first written: next to it, or next to what a link leads to."""
+    return Path(f"{Path(path).resolve()}.partial")
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a file to write, and rename it to `path` once it is whole and on the disk.
+
+    If writing fails, `path` stays as it was and the partial file is removed. If only the rename
+    fails, or a kill comes before it, the partial file stays, whole. Raises OSError.
+    """
+    partial = partial_file(path)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except Exception:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, partial.with_suffix(""))

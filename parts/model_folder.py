@@ -5,16 +5,18 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 from parts.files import read_json
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
 
 # What a converted model consists of, in the order in which it is moved into its folder: there are
 # always weights where there is any of it, by which a run that was killed is recognized.
@@ -38,6 +40,93 @@ FOREIGN_FILES = (  # what only other models' folders hold
     "*.pth",
     "*.gguf",
 )
+
+# -------------------------------------------------------------------------------------------------
+# Read
+
+
+def read_config(
+    path: Path,
+    model_class: type[nn.Module],
+    args_class: type,
+    quantizable: Callable[[str, nn.Module], bool],
+) -> nn.Module:
+    """Return an empty model of the shape that `params.json` gives: `model_class(args_class(...))`.
+    If it is quantized, so are the layers that are `quantizable`.
+
+    Raises ValueError when the file does not describe a model.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        quantization = config.pop("quantization", None)
+        model = model_class(args_class(**config))
+        if quantization is not None:
+            nn.quantize(model, **quantization, class_predicate=quantizable)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"{path} does not describe a model ({error}): run convert.py") from error
+    return model
+
+
+def load_weights(model: nn.Module, path: Path, dtype: mx.Dtype) -> None:
+    """Fill the model with the arrays of `weights.npz`, one after the other; floating-point ones are
+    cast to `dtype`.
+
+    Raises MemoryError when the memory does not hold them, and ValueError when the file is damaged,
+    or an array is missing, unknown, or of another shape than the model needs.
+    """
+    # NumPy reads as fast as `mx.load`, whose threads can abort a process that ends soon after.
+    try:
+        archive = np.load(path)
+        names = set(archive.files)
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
+    expected = dict(tree_flatten(model.parameters()))
+    sizes = (v.nbytes if v.dtype == mx.uint32 else v.size * dtype.size for v in expected.values())
+    device.check_memory(sum(sizes))
+    for name in sorted(expected.keys() | names):
+        if name not in expected or name not in names:
+            lacks = "lacks" if name in expected else "has an unknown"
+            raise ValueError(f"{path} {lacks} {name}: it does not go with params.json")
+        try:
+            value = mx.array(archive[name])
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{name} in {path} is damaged ({error}): run convert.py") from error
+        if value.shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {path} has the shape {value.shape}, params.json implies "
+                f"{expected[name].shape}"
+            )
+        if mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        mx.eval(value)  # here, so that no more than one array is held twice
+        expected[name] = value
+    archive.close()
+    model.update(tree_unflatten(list(expected.items())))
+    device.give_back_memory()
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of the model's parameters. A quantized layer counts as the one that it
+    stands for.
+    """
+    quantized = [m for m in model.modules() if isinstance(m, nn.QuantizedLinear)]
+    packed = sum(v.size for m in quantized for v in m.parameters().values())
+    unpacked = sum(m.scales.size * m.group_size for m in quantized)
+    return sum(v.size for _, v in tree_flatten(model.parameters())) - packed + unpacked
+
+
+def checksums(weights: Path) -> bytes:
+    """Return the names and checksums of the arrays in a `weights.npz`; nothing where it is missing.
+
+    Raises OSError or zipfile.BadZipFile.
+    """
+    if not weights.is_file():
+        return b""
+    with zipfile.ZipFile(weights) as archive:
+        return repr([(m.filename, m.CRC) for m in archive.infolist()]).encode()
+
 
 # -------------------------------------------------------------------------------------------------
 # Write

@@ -5,6 +5,8 @@ what the suite did not make, it does not replace.
 import json
 from pathlib import Path
 
+from parts.cli import warn
+
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a plot needs
 PLOT_TITLE = "Losses of lora.py"  # in each plot, by which it is recognized
 
@@ -51,7 +53,7 @@ SIBLINGS = {".state.npz": is_state, ".log.jsonl": is_log, ".png": is_plot}
 
 
 def find_siblings(adapter_file: str | Path) -> list[Path]:
-    """The files beside the adapters that training would replace. An empty one does not count.
+    """The files next to the adapters that training would replace. An empty one does not count.
 
     Raises ValueError where one of them is no training's.
     """
@@ -67,3 +69,17 @@ def find_siblings(adapter_file: str | Path) -> list[Path]:
             )
         found.append(path)
     return found
+
+
+def warn_of_replaced(adapter_file: str | Path, resumed_from: str | Path | None) -> None:
+    """Warn of what another run wrote, and this one replaces. A run that is resumed from the file
+    that it writes replaces its own. Raises what `find_siblings` does.
+    """
+    adapter = Path(adapter_file)
+    if resumed_from is not None and adapter.exists() and adapter.samefile(resumed_from):
+        return
+    own = [adapter] if adapter.is_file() and adapter.stat().st_size else []
+    found = [*own, *find_siblings(adapter)]
+    if found:
+        names = ", ".join([str(found[0]), *(path.name for path in found[1:])])
+        warn(f"another run's files are replaced: {names}")

@@ -15,15 +15,16 @@ import pytest
 from conftest import ROOT
 
 from parts import cuda, decoder_cuda, device, kv_cache, ops_cuda
+from parts.adapters import to_vector
 from parts.decoder import Decoder, generate_step
+from parts.files import digest
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 import lora
-from lora import digest
-from models import Model, ModelArgs, quantizable
+from models import Model, ModelArgs, add_lora, quantizable
 
 N_BLOCKS, THREADS = 5, 64
 pytestmark = [
@@ -227,7 +228,7 @@ def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated
     if bits < 16:
         nn.quantize(model, 32, bits, class_predicate=quantizable)
     if adapted:
-        lora.add_lora(model, [1])
+        add_lora(model, [1])
         for name in ("wq", "wv"):
             adapter = model.layers[1].attention[name]
             adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.3
@@ -272,7 +273,7 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
 ):
     mx.random.seed(1)
     model = Model(ARGS)
-    lora.add_lora(model, [0, 1])
+    add_lora(model, [0, 1])
     randomly = lambda path, value: mx.random.normal(value.shape) * 0.3  # noqa: E731
     model.update(tree_map_with_path(randomly, model.trainable_parameters()))
     tokens, lengths = mx.random.randint(0, 50, (3, 11)), mx.array([10, 7, 9])
@@ -282,7 +283,7 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     def gradients() -> mx.array:
         compute = nn.value_and_grad(model, lora.loss)
         _, tree = compute(model, tokens[:, :-1], tokens[:, 1:], lengths)
-        return lora.to_vector(tree)
+        return to_vector(tree)
 
     with monkeypatch.context() as plain:
         plain.setattr(ops_cuda, "has_kernels", lambda x: False)

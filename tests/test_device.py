@@ -18,13 +18,16 @@ import torch
 from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
 
 from parts import cli, device  # before MLX, for its BLAS
+from parts.adapters import read_adapter
+from parts.ranks import Ranks
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
 import lora
-from models import Model, ModelArgs, quantizable
+from models import Model, ModelArgs, add_lora, quantizable
 
 # What `mx.device_info` tells on Macs with 16 GB.
 MACS = {
@@ -45,7 +48,7 @@ SMALL = ModelArgs(32, 2, 16, 48, 2, 1, 1e-5, 50)
 # Ranks
 
 
-class Twins(lora.Ranks):
+class Twins(Ranks):
     """Two ranks with the same rows; keeps what was still to be computed when they summed."""
 
     def __init__(self, on_gpu: bool):
@@ -63,9 +66,9 @@ class Twins(lora.Ranks):
 def test_the_sum_of_ranks_is_waited_for_outside_of_the_step_but_for_that_of_nccl(on_gpu):
     ranks = Twins(on_gpu)
     model = Model(SMALL)
-    lora.add_lora(model, [1])
-    optimizer = lora.optim.Adam(1e-3)
-    step = lora.make_step(model, optimizer, lora.loss, lora.open_streams(1), ranks)
+    add_lora(model, [1])
+    optimizer = optim.Adam(1e-3)
+    step = lora.make_step(model, optimizer, lora.loss, device.open_streams(1), ranks)
     tokens, lengths = np.arange(48).reshape(4, 12), mx.array([11] * 4)
     for _ in range(2):
         result = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), lengths)
@@ -115,14 +118,14 @@ def test_a_model_that_a_macs_gpu_does_not_hold_is_refused_and_one_that_it_holds_
 def test_mlx_keeps_no_more_freed_memory_than_the_longest_batch_needs(on_metal):
     """Of a CPU, MLX keeps 32 MB; of a Mac's GPU, all that there is."""
     model = Model(SMALL)
-    lora.add_lora(model, [1])
+    add_lora(model, [1])
     before = mx.set_cache_limit(2**40)
     mx.set_cache_limit(before)
     with device.limits_restored():
         mx.set_cache_limit(2**40)
         mx.clear_cache()
         mx.reset_peak_memory()
-        step = lora.make_step(model, lora.optim.Adam(1e-3), lora.loss, lora.open_streams(1))
+        step = lora.make_step(model, optim.Adam(1e-3), lora.loss, device.open_streams(1))
         for length in (64, 128, 96, 72, 56, 120, 104):
             tokens = mx.ones((4, length), mx.int32)
             mx.eval(step(tokens, tokens, mx.array([length] * 4)))
@@ -217,7 +220,7 @@ def run_lora(*flags: str | Path, **env: str) -> str:
 
 
 def assert_same_adapters(ours: Path, theirs: Path) -> None:
-    ours, theirs = lora.read_adapter(ours), lora.read_adapter(theirs)
+    ours, theirs = read_adapter(ours), read_adapter(theirs)
     for name, matrix in theirs.items():
         np.testing.assert_allclose(ours[name], matrix, rtol=0, atol=1e-4, err_msg=name)
 

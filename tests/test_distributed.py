@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, RUN_FILES, SLOWNESS, wait_for, write_jsonl
 
-import lora
+from parts.adapters import read_adapter
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from distributed import HOSTS, bytes_a_step, bytes_sent, two_namespaces
@@ -87,7 +87,7 @@ def read_log(folder: Path) -> list[dict]:
 
 
 def assert_same_adapters(folder: Path, expected: Path) -> None:
-    ours, theirs = (lora.read_adapter(f / "adapters.npz") for f in (folder, expected))
+    ours, theirs = (read_adapter(f / "adapters.npz") for f in (folder, expected))
     assert ours.keys() == theirs.keys()
     for name, matrix in theirs.items():
         np.testing.assert_allclose(ours[name], matrix, rtol=0, atol=1e-4, err_msg=name)
@@ -185,7 +185,7 @@ def test_two_hosts_train_as_one_process_does_and_send_what_the_formula_says(
     statuses, _, errors = end(ranks)
     assert statuses == [0, 0], errors
     assert_same_adapters(tmp_path, alone[0])
-    n_values = sum(matrix.size for matrix in lora.read_adapter(tmp_path / "adapters.npz").values())
+    n_values = sum(matrix.size for matrix in read_adapter(tmp_path / "adapters.npz").values())
     # Beside the gradients, each fifth step tells of its save, and a step may be under way.
     assert sent / 20 == pytest.approx(bytes_a_step(n_values, 2), rel=0.15)
 

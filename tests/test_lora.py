@@ -35,15 +35,19 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from sentencepiece import sentencepiece_model_pb2
 
 from parts import decoder, device  # before MLX, for its BLAS
+from parts.adapters import read_adapter
 from parts.decoder import generate_step
 from parts.files import decode_text
-from parts.run_files import is_plot
+from parts.model_folder import count_parameters
+from parts.run_files import is_plot, sibling
+from parts.tokenizers import stream_text
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 import lora
-from models import Model, ModelArgs, quantizable
+from models import Model, ModelArgs, add_lora, quantizable, top_layers
 
 TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
 
@@ -76,7 +80,7 @@ def test_token_ids_equal_mistrals_own_reader(text):
 def test_streamed_text_is_what_decoding_all_at_once_gives(prompt, text, every):
     prompt_ids = TOKENIZER.encode(prompt)
     ids = TOKENIZER.encode(text)[1:]
-    pieces = list(lora.decode_stream(iter(ids), TOKENIZER, prompt_ids, every))
+    pieces = list(stream_text(iter(ids), TOKENIZER, prompt_ids, every))
     whole = TOKENIZER.decode(prompt_ids + ids)
     assert TOKENIZER.decode(prompt_ids) + "".join(pieces) == whole
     assert len(pieces) <= len(ids) // every + 1
@@ -85,7 +89,7 @@ def test_streamed_text_is_what_decoding_all_at_once_gives(prompt, text, every):
 @given(st.lists(st.integers(3, 31999), max_size=40), st.sampled_from([1, 3, 7]))
 def test_any_ids_stream_to_what_decoding_them_all_at_once_gives(ids, every):
     prompt_ids = TOKENIZER.encode("Q: a?\nA:")
-    pieces = lora.decode_stream(iter(ids), TOKENIZER, prompt_ids, every)
+    pieces = stream_text(iter(ids), TOKENIZER, prompt_ids, every)
     assert "Q: a?\nA:" + "".join(pieces) == TOKENIZER.decode(prompt_ids + ids)
 
 
@@ -210,12 +214,12 @@ def test_the_whole_set_gives_the_loss_computed_record_by_record(
 
 def test_recomputed_layers_give_the_same_gradients(tiny_model):
     model, _ = load_tiny(tiny_model)
-    lora.add_lora(model, [0, 1, 2])
+    add_lora(model, [0, 1, 2])
     batch = mx.array([[1, 5, 6, 7]]), mx.array([[5, 6, 7, 2]]), mx.array([4])
     gradients = []
     for model.grad_checkpoint in (False, True):
         _, tree = nn.value_and_grad(model, lora.loss)(model, *batch)
-        gradients.append({name: np.array(value) for name, value in lora.tree_flatten(tree)})
+        gradients.append({name: np.array(value) for name, value in tree_flatten(tree)})
     for name, value in gradients[0].items():
         np.testing.assert_array_equal(gradients[1][name], value)
 
@@ -229,13 +233,13 @@ def test_recomputed_layers_give_the_same_gradients(tiny_model):
 )
 def test_the_top_layers_are_chosen_and_never_more_than_there_are(asked, chosen):
     model = Model(ModelArgs(**TINY))
-    assert lora.top_layers(model, asked) == chosen
+    assert top_layers(model, asked) == chosen
 
 
 def test_only_lora_matrices_are_trained():
     model = Model(ModelArgs(**TINY))
-    lora.add_lora(model, [1, 2])
-    names = {name for name, _ in lora.tree_flatten(model.trainable_parameters())}
+    add_lora(model, [1, 2])
+    names = {name for name, _ in tree_flatten(model.trainable_parameters())}
     assert names == {
         f"layers.{i}.attention.{w}.lora_{m}" for i in (1, 2) for w in ("wq", "wv") for m in "ab"
     }
@@ -243,7 +247,7 @@ def test_only_lora_matrices_are_trained():
 
 def test_activations_after_an_adapter_stay_half_precision(tiny_model):
     model, _ = lora.load_model(tiny_model, mx.float16)
-    lora.add_lora(model, [0, 1, 2])
+    add_lora(model, [0, 1, 2])
     logits, cache = model(mx.array([[1, 2, 3]]))
     assert logits.dtype == mx.float16
     assert all(keys.dtype == values.dtype == mx.float16 for keys, values, _ in cache)
@@ -251,9 +255,9 @@ def test_activations_after_an_adapter_stay_half_precision(tiny_model):
 
 def test_a_quantized_layer_counts_as_the_layer_that_it_was():
     model = Model(ModelArgs(**TINY))
-    expected = sum(value.size for _, value in lora.tree_flatten(model.parameters()))
+    expected = sum(value.size for _, value in tree_flatten(model.parameters()))
     nn.quantize(model, 32, 3, class_predicate=lambda name, m: isinstance(m, nn.Linear))
-    assert lora.count_parameters(model) == expected
+    assert count_parameters(model) == expected
 
 
 # -------------------------------------------------------------------------------------------------
@@ -315,8 +319,8 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
 
 @pytest.mark.parametrize("name", ["a", "a.v1", "a.v2"])
 def test_each_adapter_has_a_log_of_its_own(name):
-    assert lora.sibling(f"in/{name}.npz", ".log.jsonl") == Path(f"in/{name}.log.jsonl")
-    assert lora.sibling(f"in/{name}", ".png") == Path(f"in/{name}.png")
+    assert sibling(f"in/{name}.npz", ".log.jsonl") == Path(f"in/{name}.log.jsonl")
+    assert sibling(f"in/{name}", ".png") == Path(f"in/{name}.png")
 
 
 def test_training_keeps_a_log_and_draws_it(trained):
@@ -513,7 +517,7 @@ def test_adapters_are_saved_while_training_goes_on(tiny_model, data, tmp_path):
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
-    assert len(lora.read_adapter(adapter)) == 12
+    assert len(read_adapter(adapter)) == 12
 
 
 def test_ctrl_c_exits_with_130(tiny_model, data, tmp_path):
@@ -668,10 +672,10 @@ def test_generating_does_not_copy_the_cache(tiny_model):
 
 def test_generating_leaves_the_adapters_as_they_were(tiny_model, capsys):
     model, tokenizer = lora.load_model(tiny_model, mx.bfloat16)
-    lora.add_lora(model, [2])
-    before = dict(lora.tree_flatten(model.trainable_parameters()))
+    add_lora(model, [2])
+    before = dict(tree_flatten(model.trainable_parameters()))
     lora.generate(model, "Hello", tokenizer, lora.build_parser().parse_args(["-n", "2"]))
-    after = dict(lora.tree_flatten(model.trainable_parameters()))
+    after = dict(tree_flatten(model.trainable_parameters()))
     assert {name: value.dtype for name, value in after.items()} == dict.fromkeys(before, mx.float32)
     assert all(mx.array_equal(before[name], after[name]) for name in before)
 
@@ -886,9 +890,9 @@ def test_the_memory_that_is_asked_for_is_what_the_weights_take(tmp_path, monkeyp
     nn.quantize(model, 32, 4, class_predicate=quantizable)
     write_model(tmp_path, model, quantization={"group_size": 32, "bits": 4})
     asked = []
-    monkeypatch.setattr(lora, "check_memory", asked.append)
+    monkeypatch.setattr(device, "check_memory", asked.append)
     loaded, _ = lora.load_model(tmp_path, getattr(mx, dtype))
-    assert asked == [sum(value.nbytes for _, value in lora.tree_flatten(loaded.parameters()))]
+    assert asked == [sum(value.nbytes for _, value in tree_flatten(loaded.parameters()))]
 
 
 def test_adapters_of_any_byte_order_are_read_and_what_float32_does_not_hold_is_one_line(
@@ -897,7 +901,7 @@ def test_adapters_of_any_byte_order_are_read_and_what_float32_does_not_hold_is_o
     with np.load(trained[1]) as archive:
         matrices = dict(archive)
     np.savez(tmp_path / "big-endian.npz", **{n: m.astype(">f4") for n, m in matrices.items()})
-    read = lora.read_adapter(tmp_path / "big-endian.npz")
+    read = read_adapter(tmp_path / "big-endian.npz")
     assert all(np.array_equal(read[name], matrices[name]) for name in matrices)
     huge = {name: np.full(m.shape, 1e300) for name, m in matrices.items()}
     np.savez(tmp_path / "huge.npz", **huge)

@@ -13,10 +13,11 @@ from parts.decoder import Decoder, prefill
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
 import lora
-from models import Linear, LoRALinear, Model, ModelArgs, quantizable
+from models import Linear, LoRALinear, Model, ModelArgs, add_lora, quantizable
 
 HF_NAMES = {
     "attention.wq": "self_attn.q_proj",
@@ -160,7 +161,7 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
     if bits < 16:
         nn.quantize(model, 32, bits, class_predicate=quantizable)
     if adapted:
-        lora.add_lora(model, [1, 2])
+        add_lora(model, [1, 2])
         for layer in model.layers[1:]:
             for adapter in (layer.attention.wq, layer.attention.wv):
                 adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.1
@@ -185,7 +186,7 @@ def add_lora_to_both(
 ) -> dict[str, torch.Tensor]:
     """Random LoRA matrices in the upper two layers of both models; gives torch's by their paths."""
     rng = np.random.default_rng(2)
-    lora.add_lora(ours, [1, 2], rank=4)
+    add_lora(ours, [1, 2], rank=4)
     matrices, leaves = {}, {}
     for i in (1, 2):
         attention = theirs.model.layers[i].self_attn
@@ -273,7 +274,7 @@ def test_the_losses_of_200_iterations_are_those_of_plain_torch_code():
                 leaf.grad = None
         return value.item()
 
-    step = lora.make_step(ours, lora.optim.Adam(rate), lora.loss, lora.open_streams(4))
+    step = lora.make_step(ours, optim.Adam(rate), lora.loss, device.open_streams(4))
     batches = mx.array(tokens)
     actual, expected = [], []
     for i in [*range(8)] * 25:

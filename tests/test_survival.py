@@ -31,10 +31,15 @@ from conftest import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import lora
-from models import Model, ModelArgs
+from parts import device  # before MLX, for its BLAS
+from parts.adapters import read_adapter
 
 import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten
+
+import lora
+from models import Model, ModelArgs, add_lora
 
 TOKENIZER = lora.Tokenizer(MISTRAL_TOKENIZER)
 
@@ -171,16 +176,17 @@ def test_a_signal_during_the_first_evaluation_saves_the_first_step(
     assert process.returncode == status
     assert "stopped at iteration 1;" in errors
     assert "Val loss" not in output
-    assert len(lora.read_adapter(adapter)) == 12
+    assert len(read_adapter(adapter)) == 12
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     """Run in a process of its own: what the first signal leaves undone, the second does."""
     script = (
-        "import lora, os, signal\n"
-        "with lora.catch_signals() as caught:\n"
+        "import os, signal\n"
+        "from parts.interrupts import Interrupts\n"
+        "with Interrupts() as interrupts:\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    assert caught == [signal.SIGINT]\n"
+        "    assert interrupts.caught == [signal.SIGINT]\n"
         "    print('first', flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    print('second')\n"
@@ -228,7 +234,7 @@ def test_adapters_behind_a_link_are_written_where_it_leads(flags, tmp_path):
         process = run_script("lora.py", *run)
         assert process.returncode == 0, process.stderr
         assert link.is_symlink()
-        assert lora.read_adapter(adapter)
+        assert read_adapter(adapter)
         written.append(adapter.read_bytes())
     assert written[0] != written[1]
 
@@ -292,7 +298,7 @@ def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_mod
 
 def test_a_state_of_other_adapters_is_not_used(flags, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
-    matrices = lora.read_adapter(folder / "adapters.npz")
+    matrices = read_adapter(folder / "adapters.npz")
     np.savez(folder / "adapters.npz", **{name: value / 2 for name, value in matrices.items()})
     process = run_script("lora.py", *resume(flags, folder / "adapters.npz"), "--iters", "1")
     assert process.returncode == 0, process.stderr
@@ -398,28 +404,28 @@ def test_an_overflow_leaves_updates_out_and_ends_the_run_with_finite_adapters(da
     for i, warning in enumerate(warnings, start=1):
         assert f"iteration {i}: the loss or a gradient is not finite" in warning
     assert error.startswith("lora.py: error: at iteration 4 the last 4 losses or gradients were")
-    matrices = lora.read_adapter(adapter)  # which refuses what is not finite
+    matrices = read_adapter(adapter)  # which refuses what is not finite
     assert all(not value.any() for name, value in matrices.items() if name.endswith("lora_b"))
 
 
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tiny_model, data):
     model, tokenizer = lora.load_model(tiny_model)
-    lora.add_lora(model, [1, 2])
-    optimizer = lora.optim.Adam(1e-3)
-    step = lora.make_step(model, optimizer, lora.loss, lora.open_streams(2))
+    add_lora(model, [1, 2])
+    optimizer = optim.Adam(1e-3)
+    step = lora.make_step(model, optimizer, lora.loss, device.open_streams(2))
     batch = next(lora.iterate_batches(lora.Dataset(data / "train.jsonl"), tokenizer, 4))
     inputs, targets, lengths = batch
     broken = inputs, targets, mx.zeros_like(lengths)  # the mean of no losses at all
 
     def everything() -> list:
-        values = lora.tree_flatten([model.trainable_parameters(), optimizer.state])
+        values = tree_flatten([model.trainable_parameters(), optimizer.state])
         return [np.array(value).tolist() for _, value in values]
 
-    assert step(*batch)[2].item()
+    assert step(*batch).finite.item()
     before = everything()
-    assert not step(*broken)[2].item()
+    assert not step(*broken).finite.item()
     assert everything() == before
-    assert step(*batch)[2].item()
+    assert step(*batch).finite.item()
     assert everything() != before
 
 
@@ -430,6 +436,7 @@ def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(tiny_mode
 # of a matrix that has none. That shows only when they are waited for, as a GPU's errors do.
 BREAKS = """
 import lora, sys, mlx.core as mx
+from mlx.utils import tree_map
 sys.argv[0] = "lora.py"
 make_step, n_steps = lora.make_step, 0
 def make_breaking_step(model, *others):
@@ -437,12 +444,12 @@ def make_breaking_step(model, *others):
     def breaking_step(*batch, **options):
         global n_steps
         n_steps += 1
-        loss, *results = step(*batch, **options)
+        result = step(*batch, **options)
         if n_steps == N:
             failing = mx.linalg.inv(mx.zeros((2, 2)), stream=mx.cpu)[0, 0]
-            loss = loss + failing
-            model.update(lora.tree_map(lambda a: a + failing, model.trainable_parameters()))
-        return loss, *results
+            result = result._replace(loss=result.loss + failing)
+            model.update(tree_map(lambda a: a + failing, model.trainable_parameters()))
+        return result
     return breaking_step
 lora.make_step = make_breaking_step
 lora.main()

@@ -113,11 +113,11 @@ def run_ranks(hosts: list[str], under: list[list[str]], *work: str) -> dict:
 
 def message(n_values: str, n_times: str) -> dict:
     """Seconds for which a vector of that many float32 is joined with those of the other ranks."""
-    import lora
+    from parts.ranks import Ranks
 
     import mlx.core as mx
 
-    with lora.Ranks.join() as ranks:
+    with Ranks.join() as ranks:
         vector = mx.ones(int(n_values) + 3)
         mx.eval(ranks.sum(vector))
         start = time.perf_counter()
@@ -131,15 +131,18 @@ def step(shape: str, n_times: str) -> dict:
     from training_step import SHAPES, make_ours
 
     import lora
+    from parts import device
+    from parts.ranks import Ranks
 
     import mlx.core as mx
+    import mlx.optimizers as optim
 
     mx.random.seed(0)
-    with lora.Ranks.join() as ranks:
+    with Ranks.join() as ranks:
         model = make_ours(SHAPES[shape], "float32", 16)
         *_, vocabulary, batch, length = SHAPES[shape]
-        streams = lora.open_streams(batch // ranks.size, ranks.n_sharing)
-        train_on = lora.make_step(model, lora.optim.Adam(1e-5), lora.loss, streams, ranks)
+        streams = device.open_streams(batch // ranks.size, ranks.local_size)
+        train_on = lora.make_step(model, optim.Adam(1e-5), lora.loss, streams, ranks)
         tokens = mx.random.randint(0, vocabulary, (batch, length + 1))
         seconds = []
         for _ in range(int(n_times) + 1):

@@ -28,10 +28,10 @@ WINDOW = 50  # tokens whose median time counts as that of one in their middle
 
 def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], int], Iterator[int]]:
     model = make_ours(shape, dtype, bits, adapters=False)
-    import lora
+    from parts import device
     from parts.decoder import generate_step
 
-    lora.open_streams(1)
+    device.open_streams(1)
     return lambda prompt, _: generate_step(model, prompt, 0.0)
 
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import lora  # noqa: E402  from the repository's root
 from models import Model  # noqa: E402
+from parts import device  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 
@@ -125,7 +126,7 @@ def main() -> None:
             )
             ended = sum(ends for _, ends in answers)
             value = perplexity(model, tokenizer, records)
-            lora.open_streams(1)
+            device.open_streams(1)
             shares = " | ".join(f"{n / len(records):.2f}" for n in (names, sentences, ended))
             name = Path(adapter).name if adapter else "base"
             print(

@@ -80,16 +80,17 @@ def make_checkpoints(shape: tuple, folder: Path) -> None:
 
 def load_ours(folder: Path, dtype: str):
     sys.path.insert(0, str(ROOT))
-    import lora
+    from models import Model, ModelArgs, quantizable
+    from parts import device, model_folder
     from parts.decoder import generate_step
 
     import mlx.core as mx
 
     yield
-    model = lora.read_config(folder / "params.json")
-    lora.load_weights(model, folder / "weights.npz", getattr(mx, dtype))
+    model = model_folder.read_config(folder / "params.json", Model, ModelArgs, quantizable)
+    model_folder.load_weights(model, folder / "weights.npz", getattr(mx, dtype))
     yield
-    lora.open_streams(1)
+    device.open_streams(1)
     next(generate_step(model, [1], 0.0))
 
 

@@ -36,6 +36,8 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
     model = make_ours(with_vocabulary_of(args), args.dtype, 16)
     import lora
 
+    import mlx.optimizers as optim
+
     tokenizer = lora.Tokenizer(args.tokenizer)
     dataset = lora.Dataset(args.data)
 
@@ -43,7 +45,7 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
         flags = ["--train", "--iters", str(iters), "--val-batches", "1"]
         flags += ["--adapter-file", str(folder / "adapters.npz")]
         options = lora.build_parser().parse_args(flags)
-        optimizer = lora.optim.Adam(1e-5)
+        optimizer = optim.Adam(1e-5)
         lora.train(model, dataset, dataset, optimizer, lora.loss, tokenizer, options)
 
     train(ITERS_BEFORE)

@@ -32,21 +32,20 @@ LAYERS, RANK = 16, 8
 def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
-    import lora
-    from models import Model, ModelArgs, quantizable
-    from parts.device import set_portions
+    from models import Model, ModelArgs, add_lora, quantizable, top_layers
+    from parts.device import limit_command_buffers
 
     import mlx.core as mx
     import mlx.nn as nn
 
-    set_portions(training=adapters)
+    limit_command_buffers(training=adapters)
     dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     model = Model(ModelArgs(dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary))
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         nn.quantize(model, 64, bits, class_predicate=quantizable)
     if adapters:
-        lora.add_lora(model, lora.top_layers(model, LAYERS), RANK)
+        add_lora(model, top_layers(model, LAYERS), RANK)
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
@@ -57,11 +56,13 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     """Gives a function that starts a step, and one that waits for all and tells the peak memory."""
     model = make_ours(shape, dtype, bits)
     import lora
+    from parts import device
 
     import mlx.core as mx
+    import mlx.optimizers as optim
 
     *_, vocabulary, batch, length = shape
-    step = lora.make_step(model, lora.optim.Adam(1e-5), lora.loss, lora.open_streams(batch))
+    step = lora.make_step(model, optim.Adam(1e-5), lora.loss, device.open_streams(batch))
     tokens = mx.random.randint(0, vocabulary, (batch, length + 1))
     lengths = mx.full((batch,), length, mx.int32)
 

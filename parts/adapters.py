@@ -1,0 +1,177 @@
+"""The adapter: its file, adapters.npz, and its matrices as one vector.
+
+The file holds the LoRA matrices and nothing else, float32, under their parameter paths in the model
+(`layers.24.attention.wq.lora_a`), as `numpy.savez` writes them. Layers and rank are the file's own.
+"""
+
+import io
+import os
+import re
+import zipfile
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.files import check_content, is_safetensors, partial_file
+from parts.run_files import find_siblings, sibling
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.([a-z_]\w*(?:\.\w+)*)\.lora_[ab]")
+FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
+
+
+# -------------------------------------------------------------------------------------------------
+# Read
+
+
+def parse_adapter(content: bytes, path: str | Path) -> dict[str, np.ndarray]:
+    """Return the LoRA matrices (float32) of an adapter file's content, by parameter path.
+
+    Raises ValueError, which names `path`, when it is damaged or holds anything else.
+    """
+    try:
+        with np.load(io.BytesIO(content)) as archive:
+            matrices = {name: archive[name] for name in archive.files}
+    except Exception as error:  # a damaged archive raises almost anything
+        raise ValueError(f"{path} is no adapter file ({error}): make one with --train") from error
+    for name, matrix in matrices.items():
+        if not KEY.fullmatch(name):
+            raise ValueError(f"{path} holds {name}, which is no LoRA matrix")
+        if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
+            raise ValueError(f"{name} in {path} is not a matrix of floats")
+        with np.errstate(over="ignore"):
+            matrices[name] = matrix.astype(np.float32)
+        if not np.isfinite(matrices[name]).all():
+            raise ValueError(f"{name} in {path} is not finite: train again")
+    if not matrices:
+        raise ValueError(f"{path} holds no LoRA matrices: make them with --train")
+    return matrices
+
+
+def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the LoRA matrices (float32) of an adapter file, by parameter path.
+
+    Raises OSError, or ValueError when the file is damaged or holds anything else.
+    """
+    return parse_adapter(Path(path).read_bytes(), path)
+
+
+def adapted_layers(
+    matrices: dict[str, np.ndarray], n_layers: int, path: str | Path
+) -> tuple[list[int], int]:
+    """Return which layers of the model the matrices adapt, and their rank.
+
+    Raises ValueError where the model, of `n_layers` layers, has too few.
+    """
+    layers = sorted({int(KEY.fullmatch(name)[1]) for name in matrices})
+    if layers[-1] >= n_layers:
+        raise ValueError(
+            f"{path} adapts layer {layers[-1]} of a model that has {n_layers} layers: "
+            "use the model that it was trained on"
+        )
+    ranks = (matrix.shape[name.endswith("lora_a")] for name, matrix in matrices.items())
+    return layers, max(ranks)
+
+
+def put_matrices(model: nn.Module, matrices: dict[str, np.ndarray], path: str | Path) -> None:
+    """Put the matrices in the place of those that the model trains.
+
+    Raises ValueError, which names the file and the key, when they do not fit.
+    """
+    expected = dict(tree_flatten(model.trainable_parameters()))
+    for name in matrices:
+        if name not in expected:
+            names = " or ".join(dict.fromkeys(path.split(".")[-2] for path in expected))
+            raise ValueError(f"{path} holds {name}, which is no LoRA matrix of {names}")
+    for name in expected:
+        if name not in matrices:
+            raise ValueError(f"{path} lacks {name}: the file is not whole, train again")
+        if matrices[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{name} in {path} has the shape {matrices[name].shape}, the model needs "
+                f"{expected[name].shape}: use the model that it was trained on"
+            )
+    model.update(tree_unflatten([(name, mx.array(value)) for name, value in matrices.items()]))
+
+
+# -------------------------------------------------------------------------------------------------
+# Check, before anything is loaded
+
+
+def check_adapter(adapter: str | Path) -> None:
+    """Raise ValueError where an adapter file, or its state, is of another kind than lora.py's."""
+    for path in (Path(adapter), sibling(adapter, ".state.npz")):
+        if path.is_file():
+            check_content(path)
+    if is_safetensors(adapter):
+        raise ValueError(
+            f"{adapter} is a safetensors file, as PEFT's and mlx-lm's adapters are, which are not "
+            "supported: name the .npz file that lora.py --train wrote"
+        )
+
+
+def check_replaceable(adapter: Path) -> None:
+    """Raise ValueError, FileNotFoundError or IsADirectoryError where training cannot write this
+    file, or should not: what the suite did not make, it does not replace.
+    """
+    folder = partial_file(adapter).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the folder of --adapter-file {adapter} does not exist")
+    if adapter.is_dir():
+        raise IsADirectoryError(f"--adapter-file {adapter} is a folder: name a file")
+    if adapter.suffix in FOREIGN_SUFFIXES:
+        raise ValueError(
+            f"--adapter-file {adapter}: training writes NumPy's format: name {adapter.stem}.npz"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"nothing can be written into the folder of --adapter-file {adapter}")
+    if adapter.exists() and not holds_adapters(adapter):
+        raise ValueError(f"--adapter-file {adapter} exists and holds no adapters: name another")
+    find_siblings(adapter)
+
+
+def holds_adapters(path: Path) -> bool:
+    """Whether this is an adapter file, or an empty file."""
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return all(KEY.fullmatch(name.removesuffix(".npy")) for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return path.stat().st_size == 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Write
+
+
+def to_numpy(tree: dict) -> dict[str, np.ndarray]:
+    """Return a tree of arrays as NumPy's (float32), by parameter path. Waits for them."""
+    return {name: np.array(value, np.float32) for name, value in tree_flatten(tree)}
+
+
+def write_adapter(file: BinaryIO, matrices: dict[str, np.ndarray]) -> None:
+    """Write the matrices into an open file. Raises OSError."""
+    np.savez(file, **matrices)
+
+
+# -------------------------------------------------------------------------------------------------
+# As one vector: to update many small matrices costs as much as one
+
+
+def to_vector(tree: dict) -> mx.array:
+    """Return all values of a tree of arrays as one vector."""
+    return mx.concatenate([value.flatten() for _, value in tree_flatten(tree)])
+
+
+def from_vector(vector: mx.array, tree: dict) -> dict:
+    """Return a tree of the shapes of `tree`, with the values of a vector of `to_vector`."""
+    leaves = tree_flatten(tree)
+    ends = np.cumsum([value.size for _, value in leaves]).tolist()
+    values = zip(leaves, mx.split(vector, ends[:-1]), strict=True)
+    return tree_unflatten([(name, part.reshape(value.shape)) for (name, value), part in values])

@@ -1,0 +1,32 @@
+"""Rows of token ids to arrays: padded to few lengths, with little padding."""
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+
+import mlx.core as mx
+
+PADDING = 0.045  # the share of a batch's length by which the next shorter one is shorter, at least
+
+
+def bucket_lengths(rows: list[np.ndarray]) -> list[int]:
+    """Return the positions that each row's inputs are padded to: one of few lengths, since a GPU
+    prepares itself for each again, and yet with little padding.
+    """
+    lengths = [len(row) - 1 for row in rows]
+    padded, current = {}, None
+    for length in sorted(set(lengths), reverse=True):
+        multiple = -(-length // 8) * 8
+        if current is None or multiple <= (1 - PADDING) * current:
+            current = multiple
+        padded[length] = current
+    return [padded[length] for length in lengths]
+
+
+def pad_batch(rows: list[np.ndarray], length: int) -> tuple[mx.array, mx.array, mx.array]:
+    """Return inputs and targets of `length` positions, and lengths; see `iterate_batches`."""
+    padded = np.zeros((len(rows), length + 1), np.int32)
+    for i, row in enumerate(rows):
+        padded[i, : len(row)] = row
+    lengths = np.array([len(row) - 1 for row in rows], np.int32)
+    return mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(lengths)

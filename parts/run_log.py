@@ -1,0 +1,264 @@
+"""What a run tells of itself: its lines and summaries, adapters.log.jsonl, adapters.png."""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.cli import warn
+from parts.files import atomic_write
+from parts.run_files import PLOT_TITLE, parse_entry, sibling
+
+import mlx.core as mx
+import mlx.nn as nn
+
+MAX_SKIPPED_STEPS = 3  # in a row, whose updates are left out; then the training ends
+FIGURES = ("loss", "val_loss", "learning_rate", "tokens_per_second")  # of an entry of the log
+
+
+def say(line: str) -> None:
+    """Print a line on standard output, past any progress bar."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+def announce(
+    model: nn.Module,
+    train_rows: list[np.ndarray],
+    n_val_texts: int,
+    args: argparse.Namespace,
+    n_ranks: int,
+) -> None:
+    """Say what the training will do, and warn of what makes no sense together.
+
+    train_rows: the token ids of each text.
+    """
+    n_adapted = sum("lora_a" in layer.attention.wq for layer in model.layers)
+    n_tokens = sum(len(row) - 1 for row in train_rows)
+    n_rows = min(args.batch_size, len(train_rows))
+    steps = len(train_rows) // n_rows  # of an epoch, as in `iterate_batches`
+    dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
+    on = f", {n_ranks} ranks," if n_ranks > 1 else ""
+    for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
+        dtype += f", {bits} bits a weight"
+    say(
+        f"On {mx.default_device().type.name}{on} in {dtype}: LoRA in {n_adapted} of "
+        f"{len(model.layers)} layers; {len(train_rows)} texts, {n_tokens} tokens; {args.iters} "
+        f"iterations of {n_rows}, {args.iters / steps:.2f} epochs"
+    )
+    if args.iters < steps:
+        warn(f"--iters {args.iters} does not finish an epoch, which has {steps}")
+    if n_val_texts > len(train_rows):
+        warn(f"the validation set has {n_val_texts} texts, the training set {len(train_rows)}")
+    if args.learning_rate > 1e-2:
+        warn(f"--learning-rate {args.learning_rate} is high: 1e-5 to 1e-3 are usual for LoRA")
+
+
+class StepResult(NamedTuple):
+    """What a training step returns: scalars that may still be being computed."""
+
+    loss: mx.array  # mean cross-entropy, in nats a token
+    n_tokens: mx.array
+    finite: mx.array  # whether loss and gradients were; if not, the step changed nothing
+    stopping: mx.array  # the number of ranks that had caught a signal
+
+
+class Report(NamedTuple):
+    """The figures of the steps between two reports."""
+
+    loss: float  # mean of the finite ones, in nats a token; NaN where none is
+    n_tokens: int
+    tokens_per_second: float
+
+    def summary(self) -> str:
+        """Return what the progress bar shows."""
+        return f"loss {self.loss:.3f}, {self.tokens_per_second:,.0f} tokens/s"
+
+
+class Meter:
+    """How far a run is, and the steps that it has not reported yet, with the seconds that count:
+    those between `resume` and `pause`, without validating and saving.
+    """
+
+    def __init__(self) -> None:
+        self.iteration = 0
+        self.steps: list[StepResult] = []
+        self.seconds = 0.0
+        self.n_skipped = 0  # steps right before the last report that were not finite
+        self.previous: StepResult | None = None  # the step of this process before the last one
+        self._last: StepResult | None = None
+        self._start = 0.0
+
+    def resume(self) -> None:
+        """Start to count seconds."""
+        self._start = time.perf_counter()
+
+    def pause(self) -> None:
+        """Count the seconds since `resume`."""
+        self.seconds += time.perf_counter() - self._start
+
+    def add(self, result: StepResult) -> None:
+        """Add the next step, which may still be being computed."""
+        self.iteration += 1
+        self.steps.append(result)
+        self.previous, self._last = self._last, result
+
+    def report(self) -> Report:
+        """Print the summary line of the steps not reported yet, and warn of each skipped update."""
+        losses, n_tokens, finite, _ = np.array(self.steps, float).T
+        n_steps = len(self.steps)
+        for i in np.flatnonzero(finite == 0):
+            at = self.iteration - n_steps + 1 + i
+            warn(f"iteration {at}: the loss or a gradient is not finite; this update is left out")
+        loss = losses[finite == 1].mean() if finite.any() else math.nan
+        speed = n_tokens.sum() / self.seconds
+        say(
+            f"Iter {self.iteration}: Train loss {loss:.3f}, "
+            f"It/sec {n_steps / self.seconds:.3f}, Tokens/sec {speed:.3f}"
+        )
+        tail = len(list(itertools.takewhile(lambda is_finite: not is_finite, finite[::-1])))
+        self.n_skipped = tail + self.n_skipped if tail == n_steps else tail
+        self.steps, self.seconds = [], 0.0
+        return Report(loss, int(n_tokens.sum()), speed)
+
+    @property
+    def broken(self) -> bool:
+        """Whether so many steps in a row were not finite that the training has broken down."""
+        return self.n_skipped >= MAX_SKIPPED_STEPS
+
+    def check_finite(self) -> None:
+        """Raise FloatingPointError where the training has broken down."""
+        if self.broken:
+            raise FloatingPointError(
+                f"at iteration {self.iteration} the last {self.n_skipped} losses or gradients were "
+                "not finite: lower --learning-rate, or give --dtype float32 if it is float16"
+            )
+
+
+class TrainingLog:
+    """The figures of a run, next to its adapters: `adapters.log.jsonl`, one object a report or
+    validation, and `adapters.png`, the curves of the losses, drawn at each validation.
+
+    entries: those of the run that this one continues. writes: whether this process writes files.
+    What cannot be written is a warning: the training is worth more.
+    """
+
+    def __init__(self, adapter_file: str | Path, entries: list[dict], writes: bool = True):
+        self.writes = writes
+        self.file = sibling(adapter_file, ".log.jsonl")
+        self.plot = sibling(adapter_file, ".png")
+        self.entries = entries
+        self._write(atomic_write, self.entries)
+
+    def add(self, iteration: int, n_tokens: int = 0, **figures: float) -> None:
+        """Add a report or a validation, which draws the plot again.
+
+        n_tokens: trained on since the last entry. figures: any of FIGURES; one that is not finite
+        is left out, since JSON has no NaN.
+        """
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        entry = {
+            "iteration": iteration,
+            **{name: finite.get(name) for name in FIGURES},
+            "tokens": n_tokens + (self.entries[-1]["tokens"] if self.entries else 0),
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+        self.entries.append(entry)
+        self._write(partial(open, mode="ab"), [entry])
+        if "val_loss" in finite and self.writes:
+            try:
+                draw_losses(self.entries, self.plot)
+            except Exception as error:  # whatever the library raises
+                warn(f"{self.plot} could not be written: {error}")
+
+    def add_report(self, iteration: int, report: Report, learning_rate: float) -> None:
+        """Add a report of the steps up to this iteration."""
+        self.add(
+            iteration,
+            report.n_tokens,
+            loss=report.loss,
+            learning_rate=learning_rate,
+            tokens_per_second=report.tokens_per_second,
+        )
+
+    def validated(self, iteration: int) -> bool:
+        """Whether the log holds a validation at this iteration."""
+        return any(
+            entry["iteration"] == iteration and entry["val_loss"] is not None
+            for entry in self.entries
+        )
+
+    def _write(self, opened: Callable, entries: list[dict]) -> None:
+        if not self.writes:
+            return
+        try:
+            with opened(self.file) as file:
+                file.writelines(json.dumps(entry).encode() + b"\n" for entry in entries)
+        except OSError as error:
+            warn(f"{self.file} could not be written: {error}")
+
+
+def read_log(adapter_file: str | Path, last: int) -> list[dict]:
+    """Return the log's entries up to iteration `last`; none where there is no log."""
+    file = sibling(adapter_file, ".log.jsonl")
+    lines = file.read_bytes().splitlines() if file.is_file() else []
+    return [entry for entry in map(parse_entry, lines) if entry and entry["iteration"] <= last]
+
+
+def draw_losses(entries: list[dict], path: Path) -> None:
+    """Write a PNG of the losses of training and validation; one validation at least has to be
+    among the entries. Raises what matplotlib does, and OSError.
+    """
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
+    from matplotlib.figure import Figure  # here: nothing else needs its second of loading
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="iteration", ylabel="loss, nats a token")
+    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+        points = [(e["iteration"], e[key]) for e in entries if e[key] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
+    best, at = min((e["val_loss"], e["iteration"]) for e in entries if e["val_loss"] is not None)
+    axes.plot(at, best, "*", markersize=16, label=f"best validation: {best:.3f} at {at}")
+    n_tokens = max(entries[-1]["tokens"] / entries[-1]["iteration"], 1)
+    upper = axes.secondary_xaxis("top", (lambda i: i * n_tokens, lambda t: t / n_tokens))
+    upper.set_xlabel("tokens seen")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png", dpi=120, metadata={"Title": PLOT_TITLE})
+
+
+def timed(items: Iterator, times: list[float]) -> Iterator:
+    """Yield the items, and append to `times` when each arrived, in seconds."""
+    for item in items:
+        times.append(time.perf_counter())
+        yield item
+
+
+def generation_summary(n_prompt_tokens: int, times: list[float]) -> str:
+    """Return how fast text was generated, and the peak memory.
+
+    times: in seconds, of the start and of each token.
+    """
+    speed = ""  # one token alone has none
+    if len(times) > 2:
+        speed = f", {(len(times) - 2) / (times[-1] - times[1]):.3f} tokens/sec"
+    return (
+        f"Prompt: {n_prompt_tokens} tokens, {n_prompt_tokens / (times[1] - times[0]):.3f} "
+        f"tokens/sec; generation: {len(times) - 1} tokens{speed}; "
+        f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
+    )
