@@ -370,12 +370,15 @@ def without_introduction(examples: str) -> str:
 # -------------------------------------------------------------------------------------------------
 # Cleaning
 
+MOST_READ = 100  # times the limit: of megabytes of text, the beginning tells what the object is
+
 
 def clean(docstring: str, limit: int) -> str:
     """A docstring as plain text of `limit` characters at most; "" where it says nothing.
 
     The docstring's indentation has to be its own (`inspect.cleandoc`).
     """
+    docstring = docstring[: MOST_READ * limit]
     if is_noise(docstring):
         return ""
     text = with_margin(docstring)

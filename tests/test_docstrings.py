@@ -444,6 +444,13 @@ def test_the_time_grows_with_the_length_alone(unit):
         assert time.process_time() - start < 1  # some hundredths of a second
 
 
+def test_of_megabytes_the_beginning_is_read():
+    text = "Sum.\n\n" + "item::\n\n" * 1_000_000
+    start = time.process_time()
+    assert docstrings.clean(text, LIMIT) == "Sum."
+    assert time.process_time() - start < 10  # it takes one; all of the text, a minute and a half
+
+
 def test_the_parts_import_nothing_but_the_standard_library():
     names = "import sys, parts.docstrings; print(*{name.split('.')[0] for name in sys.modules})"
     command = [sys.executable, "-S", "-c", names]
