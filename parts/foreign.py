@@ -1,11 +1,13 @@
 """Look at the objects of other people's packages, which may run any code, fail, or never return."""
 
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import islice
+from signal import ITIMER_REAL, SIGALRM, setitimer, signal  # before a package replaces any
+from types import ModuleType
 
 ATTRIBUTE_SECONDS = 5  # that the look-up of an attribute may take
+MOST_NAMES = 100_000  # of what a module lists
 
 
 class TookTooLong(BaseException):
@@ -22,17 +24,20 @@ def time_limit(seconds: float) -> Iterator[None]:
 
     For the main thread. It ends Python code and system calls, not a loop in compiled code.
     """
-    signal.signal(signal.SIGALRM, interrupt)  # again each time: a package may have set its own
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001), 1)
+    signal(SIGALRM, interrupt)  # again each time: a package may have set its own
+    setitimer(ITIMER_REAL, max(seconds, 0.001), 1)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        setitimer(ITIMER_REAL, 0)
 
 
 def describe(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:100].rstrip(": ")
+    """What an error says, on one line; its type alone where it fails to say more."""
+    says = ""
+    with suppress(BaseException):
+        says = " ".join(str(error).split())
+    return f"{type(error).__name__}: {says}"[:100].rstrip(": ")
 
 
 def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
@@ -45,21 +50,47 @@ def attribute(value: object, name: str) -> object:
 
     As in `time_limit`, whose handler it needs, but many times as fast.
     """
-    signal.setitimer(signal.ITIMER_REAL, ATTRIBUTE_SECONDS, 1)
+    setitimer(ITIMER_REAL, ATTRIBUTE_SECONDS, 1)
     try:
         return getattr(value, name, None)
     except BaseException:
         return None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        setitimer(ITIMER_REAL, 0)
+
+
+def text_of(value: object) -> str | None:
+    """A string as one of Python's own, whose methods run no foreign code; None for all else."""
+    return str.__str__(value) if is_a(value, str) else None
 
 
 def own_attributes(value: object) -> Mapping:
-    """`vars`, or nothing where that fails."""
-    attributes = attribute(value, "__dict__")
-    return attributes if is_a(attributes, (dict, MappingProxyType)) else {}
+    """What a module or class holds, whatever its `__dict__` says; nothing for anything else."""
+    attribute(value, "__dict__")  # some modules are loaded when they are first asked
+    kind = type if is_a(value, type) else ModuleType
+    return kind.__dict__["__dict__"].__get__(value) if is_a(value, kind) else {}
 
 
 def base_classes(value: type) -> tuple[type, ...]:
     """The classes from which a class inherits, the nearest first."""
     return type.__dict__["__mro__"].__get__(value)[1:]
+
+
+def names_in_all(module: ModuleType) -> list[str]:
+    listed = own_attributes(module).get("__all__")
+    return names_in(lambda: listed) if is_a(listed, (list, tuple)) else []
+
+
+def names_in_dir(module: ModuleType) -> list[str]:
+    """What a module's own `__dir__` lists."""
+    return names_in(attribute(module, "__dir__"))
+
+
+def names_in(list_names: Callable[[], Iterable]) -> list[str]:
+    """The strings that a foreign function lists; none where it fails or takes too long."""
+    try:
+        with time_limit(ATTRIBUTE_SECONDS):
+            names = map(text_of, islice(list_names(), MOST_NAMES))
+            return [name for name in names if name is not None]
+    except BaseException:
+        return []

@@ -4,11 +4,13 @@ import importlib
 import os
 import pkgutil
 import re
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 
@@ -20,6 +22,7 @@ NO_LIBRARY = re.compile(
     r"|vendor(ed)?|externals?|extern|third_?party)",
     re.IGNORECASE,
 )
+MOST_FOLDERS = 1000  # of a package's `__path__`
 TEST_MODULE = re.compile(r"tests?_.*|.*_tests?", re.IGNORECASE)
 
 
@@ -40,6 +43,8 @@ def import_modules(
     tell("import", package)
     with time_limit(module_seconds):
         modules = {package: importlib.import_module(package)}
+    if not is_a(modules[package], ModuleType):
+        raise TypeError(f"{type(modules[package]).__name__} stands in the module's place")
     listed: set[str] = set()
     queue = deque([package])
     while queue:
@@ -69,8 +74,10 @@ def submodules(module: object, listed: set[str]) -> Iterator[str]:
     # What a module says of itself, not what its `__getattr__` makes up.
     attributes = own_attributes(module) if is_a(module, ModuleType) else {}
     folders = []
-    with suppress(Exception):  # a `__path__` may be anything
-        folders = [os.path.realpath(folder) for folder in attributes.get("__path__", ())]
+    with suppress(Exception):  # a `__path__` may be anything; of a string, Python takes the letters
+        path = attributes.get("__path__", ())
+        path = () if is_a(path, str) else islice(path, MOST_FOLDERS)
+        folders = [os.path.realpath(folder) for folder in path]
     is_namespace = attributes.get("__file__") is None or len(folders) > 1
     for folder in folders:
         if folder in listed:
@@ -82,14 +89,20 @@ def submodules(module: object, listed: set[str]) -> Iterator[str]:
         yield from sorted(name for name in names if is_imported(name, folder))
 
 
-def namespaces(folder: Path) -> set[str]:
-    """The names of the folders that are packages without an `__init__.py`."""
+def namespaces(folder: Path, above: frozenset[str] = frozenset()) -> set[str]:
+    """The names of the folders that are packages without an `__init__.py`.
+
+    above: the folders that led to this one; a link may lead back to one of them, or out of them.
+    """
+    real = os.path.realpath(folder)
+    above |= {real, *map(str, Path(real).parents)}
     with suppress(OSError):
         return {
             path.name
             for path in folder.iterdir()
-            if path.is_dir() and path.name.isidentifier() and is_imported(path.name, folder)
-            if holds_modules(path) or namespaces(path)
+            if path.is_dir() and is_imported(path.name, folder)
+            if os.path.realpath(path) not in above
+            if holds_modules(path) or namespaces(path, above)
         }
     return set()
 
@@ -107,7 +120,7 @@ def is_imported(name: str, folder: str | Path) -> bool:
         patterns = ("test_*", "*_test.py", "tests*")
         return path.is_dir() and not any(next(path.glob(p), None) for p in patterns)
     is_test = NO_LIBRARY.fullmatch(name) or TEST_MODULE.fullmatch(name)
-    return not name.startswith("_") and not is_test
+    return name.isidentifier() and not name.startswith("_") and not is_test
 
 
 def is_library(module: str, package: str) -> bool:
@@ -118,15 +131,15 @@ def is_library(module: str, package: str) -> bool:
     return not any(map(NO_LIBRARY.fullmatch, below.split(".")))
 
 
-def sibling_packages(package: ModuleType) -> set[str]:
+def sibling_packages(name: str, package: ModuleType) -> set[str]:
     """The import packages that were installed together with this one, and itself.
 
     `_pytest` comes with pytest. Who shares a namespace has nothing else in common.
     """
-    name = package.__name__
     siblings = {name}
     if attribute(package, "__file__") is not None:
-        for distribution in metadata.distributions():
+        folders = [folder for folder in sys.path if is_a(folder, str)]  # others have no effect
+        for distribution in metadata.distributions(path=folders):
             names = top_level_names(distribution)
             if name in names:
                 siblings |= names

@@ -6,23 +6,26 @@ named first, since what a class inherits belongs to the base where the user meet
 
 import builtins
 import heapq
-import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
+from inspect import cleandoc
 from itertools import count
 from types import BuiltinFunctionType, GenericAlias, MethodType, ModuleType
 from typing import NamedTuple
 
 from parts.foreign import (
-    ATTRIBUTE_SECONDS,
     attribute,
     base_classes,
     is_a,
+    names_in_all,
+    names_in_dir,
     own_attributes,
-    time_limit,
+    text_of,
 )
 from parts.package_modules import is_library, sibling_packages
+
+MOST_LEVELS = 20  # below a package, whose modules may make others without end
 
 
 class Member(NamedTuple):
@@ -72,17 +75,14 @@ class Documented(NamedTuple):
 
 
 def documented_objects(
-    package: str,
-    modules: dict[str, ModuleType],
-    left_out: set[str],
-    tell: Callable[..., None],
+    package: str, modules: dict[str, ModuleType], left_out: set[str], tell: Callable[..., None]
 ) -> Iterator[Documented]:
     """The public objects of a package that have a docstring of their own.
 
     modules: those that were imported, by name. Tells ("look", dotted name) before it looks at an
     object, and does not look at those `left_out`.
     """
-    walk = Walk(modules[package], modules, left_out, tell)
+    walk = Walk(package, modules, left_out, tell)
     for found in walk.objects():
         if is_a(found.value, type):
             walk.class_paths[id(found.value)] = found.path
@@ -97,18 +97,15 @@ class Walk:
     """The way through a package's modules and classes, the shortest paths first."""
 
     def __init__(
-        self,
-        package: ModuleType,
-        modules: dict[str, ModuleType],
-        left_out: set[str],
-        tell: Callable[..., None],
+        self, package: str, modules: dict[str, ModuleType], left_out: set[str], tell: Callable
     ) -> None:
-        self.package, self.root, self.left_out = package, package.__name__, left_out
+        self.package, self.left_out = modules[package], left_out
+        self.root = text_of(attribute(self.package, "__name__")) or package
         self.modules = {n: module for n, module in modules.items() if is_a(module, ModuleType)}
         self.tell = tell
         self.class_paths: dict[int, Path] = {}  # by identity; known after a first walk
         self._memory: dict[tuple[str, int], tuple] = {}
-        self.own = sibling_packages(package)
+        self.own = sibling_packages(self.root, self.package)
         self.gifts = self._gifts()
 
     def objects(self) -> Iterator[Found]:
@@ -118,7 +115,7 @@ class Walk:
 
         def push(path: Path, name: str, member: Member) -> None:
             value = identity(member.value)
-            if id(value) not in seen:
+            if id(value) not in seen and path.level <= MOST_LEVELS:
                 heapq.heappush(queue, (path, next(order), Found(path, name, member, value)))
 
         for dotted_name, module in self.modules.items():
@@ -226,7 +223,16 @@ class Walk:
         return any(is_library(module, own) for own in self.own)
 
     def _members(self, owner: object) -> list[Member]:
-        return self._remembered(("members", id(owner)), owner, lambda: list(public_members(owner)))
+        home = text_of(attribute(owner, "__name__"))
+
+        def may_look_up(name: str) -> bool:
+            self.tell("look", f"{home}.{name}")
+            return f"{home}.{name}" not in self.left_out
+
+        def look() -> list[Member]:
+            return list(public_members(owner, may_look_up))
+
+        return self._remembered(("members", id(owner)), owner, look)
 
     def _facts(self, value: object) -> "Facts":
         return self._remembered(("facts", id(value)), value, lambda: look_at(identity(value)))
@@ -242,32 +248,22 @@ class Walk:
 # What an object says of itself
 
 
-def public_members(owner: object) -> Iterator[Member]:
+def public_members(owner: object, may_look_up: Callable[[str], bool]) -> Iterator[Member]:
     """What a module or class holds itself, nothing private or inherited; of a module also what its
     `__all__` and its `__dir__` list, which may be made when it is first asked for.
     """
-    members = {name: value for name, value in own_attributes(owner).items() if is_a(name, str)}
+    members = {text_of(name): value for name, value in list(own_attributes(owner).items())}
     if is_a(owner, ModuleType):
         names = names_in_all(owner) + (names_in_dir(owner) if "__dir__" in members else [])
-        members |= {name: attribute(owner, name) for name in names if name not in members}
-    for name, value in sorted(members.items(), key=lambda item: item[0]):
-        if not name.startswith("_"):
-            yield Member(name, value, owner)
+        made = [name for name in dict.fromkeys(names) if name not in members and is_public(name)]
+        members |= {name: attribute(owner, name) for name in made if may_look_up(name)}
+    for name in sorted(filter(is_public, members)):
+        yield Member(name, members[name], owner)
 
 
-def names_in_all(module: ModuleType) -> list[str]:
-    listed = own_attributes(module).get("__all__")
-    return [name for name in listed if is_a(name, str)] if is_a(listed, (list, tuple)) else []
-
-
-def names_in_dir(module: ModuleType) -> list[str]:
-    """What a module's own `__dir__` lists."""
-    list_names = attribute(module, "__dir__")
-    try:
-        with time_limit(ATTRIBUTE_SECONDS):
-            return [name for name in list_names() if is_a(name, str)]
-    except BaseException:
-        return []
+def is_public(name: str | None) -> bool:
+    """Whether a user can type this name, and should."""
+    return name is not None and name.isidentifier() and not name.startswith("_")
 
 
 def identity(value: object) -> object:
@@ -306,8 +302,7 @@ class Facts(NamedTuple):
 
 def look_at(value: object) -> Facts:
     def text(name: str, of: object = value) -> str | None:
-        found = attribute(of, name)
-        return found if is_a(found, str) else None
+        return text_of(attribute(of, name))
 
     name, qualified_name = text("__name__"), text("__qualname__") or ""
     if is_a(value, ModuleType):
@@ -341,7 +336,8 @@ def is_made_for_another(qualified_name: str, cls: type) -> bool:
     maker = qualified_name.rpartition(".")[0]
     if not maker or "<locals>" in maker:
         return False
-    return maker not in [attribute(holder, "__qualname__") for holder in (cls, *base_classes(cls))]
+    names = [text_of(attribute(holder, "__qualname__")) for holder in (cls, *base_classes(cls))]
+    return maker not in names
 
 
 # -------------------------------------------------------------------------------------------------
@@ -352,9 +348,9 @@ def own_docstring(member: Member) -> str | None:
     """The docstring of a module, class, function or descriptor, unless it is its type's."""
     value = identity(member.value)
     if is_a(value, type):
-        docstring = own_attributes(value).get("__doc__")
-        inherited = [own_attributes(base).get("__doc__") for base in base_classes(value)]
-        if docstring in inherited or is_a(docstring, str) and is_generated(docstring, value):
+        docstring = class_docstring(value)
+        inherited = map(class_docstring, base_classes(value))
+        if docstring is None or docstring in inherited or is_generated(docstring, value):
             return None
     else:
         in_class = is_a(member.owner, type)
@@ -363,22 +359,26 @@ def own_docstring(member: Member) -> str | None:
         docstring = docstring_unless_of_type(value)
         if docstring is None and in_class:  # a descriptor may have it from what it returns
             docstring = docstring_unless_of_type(attribute(member.owner, member.name))
-    if not is_a(docstring, str) or docstring.startswith("Alias for field number "):
+    if docstring is None or docstring.startswith("Alias for field number "):
         return None
     # Half a character cannot be written to a file.
-    return inspect.cleandoc(docstring).strip().encode("utf-8", "replace").decode() or None
+    return cleandoc(docstring).strip().encode("utf-8", "replace").decode() or None
 
 
-def docstring_unless_of_type(value: object) -> object:
-    docstring = attribute(value, "__doc__")
+def class_docstring(cls: type) -> str | None:
+    """What stands in the class itself."""
+    return text_of(own_attributes(cls).get("__doc__"))
+
+
+def docstring_unless_of_type(value: object) -> str | None:
+    docstring = text_of(attribute(value, "__doc__"))
     holders = (type(value), *base_classes(type(value)))
-    is_of_type = any(docstring == own_attributes(cls).get("__doc__") for cls in holders)
-    return None if not is_a(docstring, str) or is_of_type else docstring
+    return None if docstring in map(class_docstring, holders) else docstring
 
 
 def is_generated(docstring: str, value: type) -> bool:
     """Whether Python wrote a class's docstring, as for data classes and named tuples."""
-    signature = re.escape(str(attribute(value, "__name__"))) + r"\(.*\)( -> None)?"
+    signature = re.escape(text_of(attribute(value, "__name__")) or "") + r"\(.*\)( -> None)?"
     return "\n\n" not in docstring and bool(re.fullmatch(signature, docstring, re.DOTALL))
 
 
@@ -386,13 +386,12 @@ def foreign_docstrings(own: set[str]) -> set[tuple[str, str]]:
     """Names and docstrings in the standard library and NumPy, which packages copy."""
     known = set()
     for module_name, module in list(sys.modules.items()):
-        top = top_level(module_name)
+        top = top_level(text_of(module_name) or "")
         if top in own or not (top in sys.stdlib_module_names or top == "numpy"):
             continue
         for name, value in list(own_attributes(module).items()):
             members = own_attributes(value).items() if is_a(value, type) else ()
             for key, found in ((name, value), *members):
-                docstring = attribute(found, "__doc__")
-                if is_a(docstring, str):
-                    known.add((key, inspect.cleandoc(docstring).strip()))
+                if docstring := text_of(attribute(found, "__doc__")):
+                    known.add((key, cleandoc(docstring).strip()))
     return known

@@ -7,7 +7,7 @@ import pytest
 from conftest import run_script
 
 from parts.foreign import TookTooLong, time_limit
-from parts.package_modules import names_of_distribution
+from parts.package_modules import names_of_distribution, namespaces
 
 FILLER = "".join(f'def fill{i}():\n    "Filler number {i}."\n' for i in range(9))
 
@@ -137,6 +137,79 @@ class Graph:
         },
         {"Own", "test.Client"},
     ),
+    "lies": (  # names, docstrings and dictionaries that are none, or fail when they are compared
+        {
+            "__init__.py": """
+class Failing:
+    def __eq__(self, other):
+        raise ValueError
+    __str__ = __hash__ = None
+class Text(str):
+    __eq__ = Failing.__eq__
+    __hash__ = str.__hash__
+    def strip(self):
+        return 5
+class Meta(type):
+    __dict__ = property(lambda cls: Failing())
+    __name__ = property(lambda cls: Failing())
+class Liar(metaclass=Meta):
+    "Liar."
+    def told(self):
+        "Told."
+class Untold:
+    __doc__ = Failing()
+    def told(self):
+        "Told too."
+def lazy():
+    pass
+lazy.__doc__ = Text("Lazy.")
+def loud():
+    "Loud."
+__all__ = [Text("loud"), 1, None]
+for name in ("half \\udc80", "a b", "x.y", "", 5):
+    globals()[name] = lambda: None
+    globals()[name].__doc__ = f"Odd {name}."
+""",
+        },
+        {"Liar", "Liar.told", "Untold.told", "lazy", "loud"},
+    ),
+    "crashes": (  # what ends the process when it is asked for costs itself alone
+        {
+            "__init__.py": '__all__ = ["ends"]\ndef __getattr__(name):\n    import os\n'
+            '    if name == "ends":\n        os._exit(0)\n    raise AttributeError(name)',
+            "whole.py": 'def fine():\n    "Fine."',
+        },
+        {"whole.fine"},
+    ),
+    "endless": (  # modules that make modules
+        {
+            "__init__.py": "import types\nclass Tree(types.ModuleType):\n"
+            '    __all__ = ["tree"]\n    def __init__(self, name):\n'
+            '        super().__init__(name)\n        self.__all__ = ["tree"]\n'
+            "    def __getattr__(self, name):\n"
+            '        return Tree(f"{self.__name__}.{name}")\n'
+            'tree = Tree("endless.tree")\ndef ends():\n    "Ends."',
+        },
+        {"ends"},
+    ),
+    "rude": (  # a process that is no longer as it was
+        {
+            "__init__.py": "import signal, sys\nsys.path.insert(0, 5)\ndel signal.setitimer\n"
+            "sys.modules[None] = None\n__path__ = __path__[0]\n"
+            'def works():\n    "Works."',
+        },
+        {"works"},
+    ),
+    "mute": (  # an error that cannot be said, and a file that no import statement names
+        {
+            "__init__.py": "",
+            "bad.py": "class Bad(Exception):\n    def __str__(self):\n        raise self\n"
+            "raise Bad",
+            "a-script.py": 'def run():\n    "Run."',
+            "good.py": 'def good():\n    "Good."',
+        },
+        {"good.good"},
+    ),
     "facade": (  # the root's `__all__` gives what another package made
         {
             "__init__.py": "from facade_core import fixture, helper\n"
@@ -194,6 +267,20 @@ def test_code_that_survives_an_interruption_is_interrupted_again():
 @pytest.mark.parametrize(("distribution", "names"), [("PyYAML", ["yaml"]), ("no-such-thing", [])])
 def test_a_distribution_tells_what_it_is_imported_as(distribution, names):
     assert names_of_distribution(distribution) == names
+
+
+def test_links_that_lead_back_hold_no_packages(tmp_path):
+    inner = tmp_path / "space" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "part.py").touch()
+    aside = tmp_path / "aside"
+    aside.mkdir()
+    (tmp_path / "module.py").touch()
+    for i in range(9):
+        (inner.parent / f"up{i}").symlink_to("..")
+        (inner.parent / f"aside{i}").symlink_to(aside)
+        (aside / f"back{i}").symlink_to(inner.parent)
+    assert namespaces(inner.parent) == {"inner"}
 
 
 def test_an_editable_package_below_a_namespace_has_records(tmp_path):
