@@ -39,6 +39,13 @@ class Storage(NamedTuple):
     offset: int  # values before its own, where it is itself a view
 
 
+class Place(NamedTuple):
+    """Where a storage is in the file: its first byte, and how many values follow."""
+
+    start: int
+    n_values: int
+
+
 class Tensor(NamedTuple):
     """A tensor whose values are still in the file."""
 
@@ -85,38 +92,49 @@ def open_legacy(path: Path) -> dict[str, tuple[tuple[int, ...], Callable[[], tor
             TensorUnpickler(file).load()
         state = TensorUnpickler(file, encoding="utf-8").load()
         keys = TensorUnpickler(file).load()
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        if not isinstance(state, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+        ):
             raise ValueError("it does not hold tensors by name")
         dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in state.values()}
-        starts = find_storages(file, {key: dtypes[key] for key in keys})
+        storages = find_storages(file, {key: dtypes[key] for key in keys})
+    for name, tensor in state.items():
+        first, last = values_of(tensor)
+        if not 0 <= first <= last < storages[tensor.storage.key].n_values:
+            raise ValueError(f"{name} lies outside of its storage")
     return {
-        name: (tensor.shape, lambda tensor=tensor: read(path, starts, tensor))
+        name: (tensor.shape, lambda tensor=tensor: read(path, storages, tensor))
         for name, tensor in state.items()
     }
 
 
-def find_storages(file: BinaryIO, dtypes: dict[str, torch.dtype]) -> dict[str, int]:
-    """Where the values of each storage begin. Raises ValueError when the file ends before them."""
+def find_storages(file: BinaryIO, dtypes: dict[str, torch.dtype]) -> dict[str, Place]:
+    """Where the values of each storage are. Raises ValueError when the file ends before them."""
     size = os.fstat(file.fileno()).st_size
-    starts, end = {}, file.tell()
+    places, end = {}, file.tell()
     for key, dtype in dtypes.items():
         file.seek(end)
         (n_values,) = struct.unpack("<q", file.read(8))
-        starts[key] = file.tell()
-        end = starts[key] + n_values * dtype.itemsize
+        places[key] = Place(file.tell(), n_values)
+        end = places[key].start + max(n_values, 0) * dtype.itemsize
     if end > size:
         raise ValueError(f"it has {size} of {end} bytes")
-    return starts
+    return places
 
 
-def read(path: Path, starts: dict[str, int], tensor: Tensor) -> torch.Tensor:
+def values_of(tensor: Tensor) -> tuple[int, int]:
+    """The first and the last of the values that the tensor takes from its storage."""
+    first = tensor.storage.offset + tensor.offset
+    steps = zip(tensor.shape, tensor.strides, strict=True)
+    return first, first + sum((n - 1) * stride for n, stride in steps)
+
+
+def read(path: Path, storages: dict[str, Place], tensor: Tensor) -> torch.Tensor:
     """Read the tensor's values, and nothing else of the file."""
-    dtype = tensor.storage.dtype
-    last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.strides, strict=True))
-    values = bytearray((last + 1) * dtype.itemsize)
+    dtype, (first, last) = tensor.storage.dtype, values_of(tensor)
+    values = bytearray((last - first + 1) * dtype.itemsize)
     with open(path, "rb") as file:
-        before = tensor.storage.offset + tensor.offset
-        file.seek(starts[tensor.storage.key] + before * dtype.itemsize)
+        file.seek(storages[tensor.storage.key].start + first * dtype.itemsize)
         if file.readinto(values) < len(values):
             raise ValueError(f"{path} ends before its values")
     return torch.frombuffer(values, dtype=dtype).as_strided(tensor.shape, tensor.strides)

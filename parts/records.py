@@ -47,5 +47,8 @@ def describe(record: object, key: str) -> str:
 
 def shortened(value: object) -> str:
     """A value as JSON has it, of 40 characters at most."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:  # writing takes some levels more than reading
+        return "nested too deep"
     return text if len(text) <= 40 else f"{text[:36]} ..."

@@ -3,11 +3,13 @@ what the suite did not make, it does not replace.
 """
 
 import json
+import os
 from pathlib import Path
 
 from parts.cli import warn
 
 LOG_KEYS = {"iteration", "loss", "val_loss", "tokens"}  # of an entry, those that a plot needs
+HEAD = 1 << 20  # bytes of a file that say whose it is
 PLOT_TITLE = "Losses of lora.py"  # in each plot, by which it is recognized
 
 
@@ -21,9 +23,15 @@ def parse_entry(line: bytes) -> dict | None:
     """An entry of a log, or None for a line that a kill cut off, or that is none of ours."""
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return entry if isinstance(entry, dict) and entry.keys() >= LOG_KEYS else None
+    if not isinstance(entry, dict) or not entry.keys() >= LOG_KEYS:
+        return None
+    counts, losses = (entry["iteration"], entry["tokens"]), (entry["loss"], entry["val_loss"])
+    is_ours = all(isinstance(count, int) for count in counts) and all(
+        isinstance(loss, (int, float, type(None))) for loss in losses
+    )
+    return entry if is_ours else None
 
 
 def is_state(path: Path) -> bool:
@@ -35,9 +43,14 @@ def is_state(path: Path) -> bool:
     return head.startswith(b"PK") and b"adapter.layers." in head
 
 
+def head_of(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(HEAD)
+
+
 def is_log(path: Path) -> bool:
     """Whether a training kept its log here."""
-    return any(map(parse_entry, path.read_bytes().splitlines()))
+    return any(map(parse_entry, head_of(path).splitlines()))
 
 
 def is_plot(path: Path) -> bool:
@@ -46,7 +59,7 @@ def is_plot(path: Path) -> bool:
     """
     log = path.with_suffix(".log.jsonl")
     signature = f"tEXtTitle\0{PLOT_TITLE}".encode()
-    return signature in path.read_bytes() or (log.is_file() and is_log(log))
+    return signature in head_of(path) or (log.is_file() and is_log(log))
 
 
 SIBLINGS = {".state.npz": is_state, ".log.jsonl": is_log, ".png": is_plot}
@@ -60,9 +73,9 @@ def find_siblings(adapter_file: str | Path) -> list[Path]:
     found = []
     for suffix, is_ours in SIBLINGS.items():
         path = sibling(adapter_file, suffix)
-        if not path.is_file() or not path.stat().st_size:
+        if path.is_file() and not path.stat().st_size or not os.path.exists(path):
             continue
-        if not is_ours(path):
+        if not path.is_file() or not is_ours(path):  # a folder, or a device that a link leads to
             raise ValueError(
                 f"--adapter-file {adapter_file} would replace {path}, which no training made: "
                 "name another"

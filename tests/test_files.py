@@ -1,13 +1,19 @@
 """What stands in a file's place is named, whichever file it is and whichever script reads it."""
 
+import json
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import MISTRAL_TOKENIZER, run_script
 
 from parts import checkpoints
 from parts.files import check_content
+from parts.legacy_torch import open_legacy
+from parts.records import parse_record
+from parts.run_files import find_siblings
 
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14483498224\n"
 NAMES_LFS = "a git-lfs pointer, not the file itself: run git lfs pull there"
@@ -106,3 +112,66 @@ def test_a_tokenizer_that_only_counts_is_looked_at_too(tmp_path):
     tokenizer.write_text(LFS)
     flags = "safetensors", "--data-folder", tmp_path / "data", "--tokenizer", tokenizer
     assert f"{tokenizer} is {NAMES_LFS}" in error_of("cwk_create_dataset.py", *flags)
+
+
+ENTRY = {"iteration": 1, "loss": 2.0, "val_loss": None, "tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("photo.png", b"\x89PNG\r\n\x1a\n"),
+        ("photo.state.npz", b"PK\3\4"),
+        ("photo.log.jsonl", b"[" * 100_000),
+        ("photo.log.jsonl", json.dumps({**ENTRY, "iteration": "one"}).encode()),
+        ("photo.log.jsonl", json.dumps({**ENTRY, "loss": {}}).encode()),
+    ],
+)
+def test_a_file_beside_the_adapters_that_no_training_made_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{name}, which no training made"):
+        find_siblings(tmp_path / "photo.npz")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".log.jsonl", ".state.npz"])
+def test_what_is_no_file_is_not_replaced_either(tmp_path, suffix):
+    """A file that takes the place of a link takes that of what the link leads to."""
+    path = tmp_path / f"run{suffix}"
+    for make in (
+        path.mkdir,
+        lambda: os.mkfifo(path),
+        lambda: path.symlink_to(os.devnull),
+        lambda: path.symlink_to(tmp_path),
+    ):
+        make()
+        with pytest.raises(ValueError, match=f"run{suffix}, which no training made"):
+            find_siblings(tmp_path / "run.npz")
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    path.symlink_to(tmp_path / "not-yet")
+    assert find_siblings(tmp_path / "run.npz") == []
+
+
+def test_of_a_large_file_the_beginning_says_whose_it_is(tmp_path):
+    with open(tmp_path / "run.log.jsonl", "wb") as file:
+        file.write(json.dumps(ENTRY).encode() + b"\n")
+        file.truncate(1 << 40)  # more than any memory holds
+    assert find_siblings(tmp_path / "run.npz") == [tmp_path / "run.log.jsonl"]
+
+
+@pytest.mark.parametrize("depth", range(900, 1010, 3))
+def test_a_line_that_is_nested_too_deep_is_named(depth):
+    line = b'{"text": ' + b"[" * depth + b"]" * depth + b"}"
+    with pytest.raises(ValueError, match="^f, line 1 "):
+        parse_record(line, "text", "f, line 1")
+
+
+def test_a_tensor_of_an_old_file_lies_inside_its_storage(tmp_path):
+    """As torch.load has it. What lies outside are other tensors' values, or sizes."""
+    file = tmp_path / "old.pth"
+    tensors = {"a": torch.ones(77)[7:], "b": torch.zeros(77)}
+    torch.save(tensors, file, _use_new_zipfile_serialization=False)
+    whole = file.read_bytes()
+    assert len(open_legacy(file)) == 2
+    file.write_bytes(whole.replace(b"K\x07KF", b"K\x08KF"))
+    with pytest.raises(ValueError, match="a lies outside of its storage"):
+        open_legacy(file)
