@@ -1,17 +1,22 @@
 """What several tests need: small models, real texts, and a way to call a script as a user does."""
 
+import fcntl
 import inspect
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mistral_common
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -56,6 +61,7 @@ TINY = {
     "vocab_size": 32000,
     "rope_theta": 10000.0,
 }
+QUICK = {**TINY, "vocab_size": 1000}  # most of a step's time goes into the vocabulary
 
 
 def run_script(script: str, *arguments: str | Path, cwd: Path | None = None, **env: str):
@@ -90,6 +96,29 @@ def write_model(folder: Path, model: Model, **params) -> Path:
     return folder
 
 
+def write_quick_model(folder: Path, model: Model, **params) -> Path:
+    """Write a model of QUICK's vocabulary, with a tokenizer of as many pieces for `docstrings`."""
+    write_model(folder, model, **params)
+    tokenizer = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts_of_mlx()),
+        model_writer=tokenizer,
+        model_type="bpe",
+        vocab_size=QUICK["vocab_size"],
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (folder / "tokenizer.model").write_bytes(tokenizer.getvalue())
+    return folder
+
+
+def texts_of_mlx() -> list[str]:
+    """The first 200 characters of the docstrings of `mlx.nn`, in a fixed order, each once."""
+    texts = {inspect.getdoc(getattr(nn, name)) for name in dir(nn) if not name.startswith("_")}
+    return sorted(text[:200] for text in texts if text)
+
+
 def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
@@ -99,17 +128,39 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory) -> Callable[[str], Path]:
+    """Make a folder, by name, that all processes of one run of the tests share."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+
+    def make(name: str) -> Path:
+        (folder / name).mkdir(exist_ok=True)
+        return folder / name
+
+    return make
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep the other processes of this run of the tests from a folder."""
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
-    """A random model of three layers, as convert.py would write it."""
+    """A random model of three layers, as convert.py would write it, with few tokens."""
     mx.random.seed(7)
-    return write_model(tmp_path_factory.mktemp("tiny"), Model(ModelArgs(**TINY)))
+    model = Model(ModelArgs(**QUICK))
+    model.output.weight = model.output.weight * 4  # it has more to learn
+    return write_quick_model(tmp_path_factory.mktemp("tiny"), model)
 
 
 @pytest.fixture(scope="session")
 def docstrings() -> list[str]:
-    """The first 200 characters of the docstrings of `mlx.nn`, in a fixed order, each once."""
-    texts = {inspect.getdoc(getattr(nn, name)) for name in dir(nn) if not name.startswith("_")}
-    return sorted(text[:200] for text in texts if text)
+    return texts_of_mlx()
 
 
 @pytest.fixture(scope="session")

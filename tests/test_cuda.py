@@ -1,5 +1,5 @@
 """The kernels of the .cu files, run on a CPU: compiled by g++ as they stand, but for a few lines of
-assembly, with a thread for each of a block's threads, and a process for each block that waits.
+assembly, with a block's threads in turns, and a process for each block that waits.
 """
 
 import ctypes
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,13 +36,14 @@ pytestmark = [
 ]
 
 BEFORE = """
+#include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
-#include <thread>
-#include <vector>
+#include <csetjmp>
+#include <sched.h>
 #include <sys/wait.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #define __device__
@@ -56,10 +58,55 @@ struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 struct uint4 { unsigned x, y, z, w; };
 
-static thread_local Index threadIdx;
-static Index blockIdx, gridDim, blockDim{THREADS};
-static std::barrier<> block(THREADS);
-static std::barrier<> warps[] = {std::barrier<>(32), std::barrier<>(32)};
+static Index threadIdx, blockIdx, gridDim, blockDim{THREADS};
+
+// A block's threads take turns on one of the system's: each runs until it waits for others.
+static ucontext_t beginnings[THREADS], end;
+static jmp_buf places[THREADS];
+static bool begun[THREADS], ended[THREADS];
+alignas(64) static char stacks[THREADS][1 << 16];
+
+__attribute__((noinline)) void run_next_thread() {
+    int last = threadIdx.x;
+    do {
+        threadIdx.x = (threadIdx.x + 1) % THREADS;
+    } while (ended[threadIdx.x] && threadIdx.x != last);
+    if (ended[threadIdx.x]) setcontext(&end);
+    if (begun[threadIdx.x]) _longjmp(places[threadIdx.x], 1);
+    begun[threadIdx.x] = true;
+    setcontext(&beginnings[threadIdx.x]);
+}
+
+__attribute__((noinline)) void let_others_run() {
+    if (!_setjmp(places[threadIdx.x])) run_next_thread();
+}
+
+void run_threads(void (*one)()) {
+    for (int i = 0; i < THREADS; i++) {
+        getcontext(&beginnings[i]);
+        beginnings[i].uc_stack.ss_sp = stacks[i];
+        beginnings[i].uc_stack.ss_size = sizeof stacks[i];
+        makecontext(&beginnings[i], one, 0);
+        begun[i] = ended[i] = false;
+    }
+    static volatile bool started;
+    started = false;
+    getcontext(&end);
+    if (started) return;
+    started = true;
+    threadIdx.x = THREADS - 1;
+    run_next_thread();
+}
+
+struct Barrier {
+    int n_threads, n_arrived, n_met;
+    void arrive_and_wait() {
+        int before = n_met;
+        if (++n_arrived == n_threads) n_arrived = 0, n_met++;
+        while (n_met == before) let_others_run();
+    }
+};
+static Barrier block{THREADS}, warps[] = {{32}, {32}};
 static float exchanged[THREADS];
 static_assert(THREADS == 64);
 
@@ -93,23 +140,29 @@ ASSEMBLY_OF_NUMBERS = {
     r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
 }
 ASSEMBLY_OF_THE_DECODER = {
-    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*barrier).load();",
+    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*barrier).load(), sched_yield();",
     r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
 }
 BEHIND = """
+static void** at_KERNEL;
+static int* scalars_KERNEL;
+
+static void thread_of_KERNEL() {
+    auto at = at_KERNEL;
+    auto scalars = scalars_KERNEL;
+    KERNEL(ARGUMENTS);
+    ended[threadIdx.x] = true;
+    run_next_thread();
+}
+
 extern "C" void run_KERNEL(int n_blocks, void** at, int* scalars) {
+    at_KERNEL = at;
+    scalars_KERNEL = scalars;
     gridDim.x = n_blocks;
     for (int i = 0; i < n_blocks; i++) {
         if (WAITING && fork()) continue;
         blockIdx.x = i;
-        std::vector<std::thread> threads;
-        for (int j = 0; j < THREADS; j++) {
-            threads.emplace_back([=] {
-                threadIdx.x = j;
-                KERNEL(ARGUMENTS);
-            });
-        }
-        for (auto& thread : threads) thread.join();
+        run_threads(thread_of_KERNEL);
         if (WAITING) _exit(0);
     }
     if (WAITING) for (int i = 0; i < n_blocks; i++) wait(nullptr);
@@ -117,8 +170,14 @@ extern "C" void run_KERNEL(int n_blocks, void** at, int* scalars) {
 """
 
 
+@pytest.fixture(scope="session")
+def compiled_kernels(shared_folder) -> Path:
+    """What g++ has made of a source stays for all tests."""
+    return shared_folder("kernels")
+
+
 @pytest.fixture
-def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
+def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     """Have the parts take this machine for one with CUDA; returns the kernels that ran."""
     names = []
 
@@ -129,7 +188,9 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
         for pattern, replacement in assembly.items():
             source, n = re.subn(pattern, replacement, source, flags=re.DOTALL)
             assert n == 1, pattern
-        path = tmp_path / f"{digest(repr((source, constants)).encode())}.cpp"
+        path = compiled_kernels / f"{digest(repr((source, constants)).encode())}.cpp"
+        if path.with_suffix(".so").exists():
+            return str(path.with_suffix(".so"))
         behind = ""
         for name, parameters in re.findall(r"__global__ .*?void (\w+)\((.*?)\)", source, re.DOTALL):
             n_arrays, n = parameters.count("*"), parameters.count(",") + 1
@@ -142,7 +203,7 @@ def emulated_cuda(monkeypatch, tmp_path) -> list[str]:
             "-std=c++20",
             "-O1",
             "-w",
-            "-pthread",
+            "-U_FORTIFY_SOURCE",
             "-shared",
             "-fPIC",
             f"-DTHREADS={THREADS}",

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script, write_jsonl, write_model
+from conftest import (
+    MISTRAL_TOKENIZER,
+    QUICK,
+    ROOT,
+    TINY,
+    run_script,
+    write_jsonl,
+    write_quick_model,
+)
 
 from parts import cli, device  # before MLX, for its BLAS
 from parts.adapters import read_adapter
@@ -192,7 +200,7 @@ def flags(tmp_path_factory) -> list[str]:
         write_jsonl(data / f"{name}.jsonl", part)
     return [
         "--data", str(data), "--train", "--iters", "4", "--learning-rate", "1e-2",
-        "--steps-per-report", "1", "--val-batches", "1", "--test", "--prompt", "many " * 520,
+        "--steps-per-report", "1", "--val-batches", "1", "--test", "--prompt", "the " * 520,
         "--temp", "0", "-n", "6", "--adapter-file",
     ]  # fmt: skip
 
@@ -200,10 +208,10 @@ def flags(tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def four_bits(tmp_path_factory) -> Path:
     mx.random.seed(7)
-    model = Model(ModelArgs(**TINY))
+    model = Model(ModelArgs(**QUICK))
     nn.quantize(model, 32, 4, class_predicate=quantizable)
     folder = tmp_path_factory.mktemp("four-bits")
-    return write_model(folder, model, quantization={"group_size": 32, "bits": 4})
+    return write_quick_model(folder, model, quantization={"group_size": 32, "bits": 4})
 
 
 def losses(output: str) -> list[float]:

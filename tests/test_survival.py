@@ -22,11 +22,13 @@ from conftest import (
     ROOT,
     RUN_FILES,
     SLOWNESS,
+    QUICK,
     TINY,
     run_script,
     wait_for,
     write_jsonl,
     write_model,
+    write_quick_model,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -291,7 +293,7 @@ def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_mod
     assert (process.returncode, "params.json is not that" in process.stderr) == (2, True)
 
     mx.random.seed(8)
-    model = write_model(tmp_path / "model", Model(ModelArgs(**TINY)))
+    model = write_quick_model(tmp_path / "model", Model(ModelArgs(**QUICK)))
     process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
     assert (process.returncode, "the model is not that" in process.stderr) == (2, True)
 
@@ -527,13 +529,14 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
 
 
 def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
+    tokenizer = lora.Tokenizer(tiny_model / "tokenizer.model")
     process = run_script(
         "lora.py", "--model", tiny_model, "--data", data, "--train", "--iters", "1",
         "--max-seq-length", "20", "--adapter-file", tmp_path / "a.npz", "--batch-size", "64",
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     tokens = [
-        len(TOKENIZER.encode(text, eos=True))
+        len(tokenizer.encode(text, eos=True))
         for name in ("train", "valid")
         for text in lora.Dataset(data / f"{name}.jsonl")._texts
     ]
@@ -635,15 +638,15 @@ def model_copy(tiny_model, tmp_path) -> Path:
 @many
 @given(
     change=st.dictionaries(
-        st.sampled_from([*TINY, "quantization", "surplus"]),
+        st.sampled_from([*QUICK, "quantization", "surplus"]),
         json_values | st.integers(-1, 200) | st.just(10**12),
         max_size=3,
     ),
-    missing=st.sets(st.sampled_from(list(TINY)), max_size=1),
+    missing=st.sets(st.sampled_from(list(QUICK)), max_size=1),
     cut=st.none() | st.integers(0, 200),
 )
 def test_no_params_json_ends_in_a_traceback(model_copy, capsys, monkeypatch, change, missing, cut):
-    config = {name: value for name, value in TINY.items() if name not in missing} | change
+    config = {name: value for name, value in QUICK.items() if name not in missing} | change
     (model_copy / "params.json").write_text(json.dumps(config)[:cut])
     outcome(
         capsys, monkeypatch, "--model", model_copy, "--no-adapter", "--prompt", "a",
