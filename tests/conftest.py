@@ -1,6 +1,5 @@
 """What several tests need: small models, real texts, and a way to call a script as a user does."""
 
-import fcntl
 import inspect
 import io
 import json
@@ -9,8 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mistral_common
@@ -97,8 +94,14 @@ def write_model(folder: Path, model: Model, **params) -> Path:
 
 
 def write_quick_model(folder: Path, model: Model, **params) -> Path:
-    """Write a model of QUICK's vocabulary, with a tokenizer of as many pieces for `docstrings`."""
+    """Write a model of QUICK's vocabulary, with a tokenizer of as many pieces."""
     write_model(folder, model, **params)
+    write_quick_tokenizer(folder)
+    return folder
+
+
+def write_quick_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of QUICK's vocabulary, made for the texts of `docstrings`."""
     tokenizer = io.BytesIO()
     SentencePieceTrainer.train(
         sentence_iterator=iter(texts_of_mlx()),
@@ -110,7 +113,6 @@ def write_quick_model(folder: Path, model: Model, **params) -> Path:
         minloglevel=2,
     )
     (folder / "tokenizer.model").write_bytes(tokenizer.getvalue())
-    return folder
 
 
 def texts_of_mlx() -> list[str]:
@@ -125,28 +127,6 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "index: asks pip's index, and is skipped without one")
-
-
-@pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory) -> Callable[[str], Path]:
-    """Make a folder, by name, that all processes of one run of the tests share."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-
-    def make(name: str) -> Path:
-        (folder / name).mkdir(exist_ok=True)
-        return folder / name
-
-    return make
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep the other processes of this run of the tests from a folder."""
-    with open(folder / "lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 @pytest.fixture(scope="session")

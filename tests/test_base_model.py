@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import QUICK, ROOT, run_script, write_quick_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -30,8 +30,10 @@ from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.decoder import generate_step
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 import lora
+from models import Model, ModelArgs
 
 FOLDER = ROOT / "base-model"
 FILES = {"consolidated.00.pth", "params.json", "tokenizer.model"}
@@ -86,12 +88,52 @@ def base_model(wheel, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def converted(base_model, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("converted") / "mlx"
-    process = run_script("convert.py", "--torch-path", base_model, "--mlx-path", folder)
-    assert process.returncode == 0, process.stderr
+def copy_project(folder: Path) -> Path:
+    """What a clone has of the scripts, but for the base model."""
+    folder.mkdir()
+    for script in (*ROOT.glob("*.py"), *ROOT.glob("run-*.sh")):
+        shutil.copy(script, folder)
+    shutil.copytree(ROOT / "parts", folder / "parts")
     return folder
+
+
+def call(script: Path, **variables: str) -> str:
+    """Run a shell script from elsewhere; gives its output."""
+    process = subprocess.run(
+        [script],
+        cwd=script.parent.parent,
+        env={**os.environ, "PYTHON": sys.executable, **variables},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.fixture(scope="session")
+def project(base_model, tmp_path_factory) -> Path:
+    """A copy of the project with the base model and a data set, cut so that a test is short."""
+    folder = copy_project(tmp_path_factory.mktemp("home") / "project")
+    shutil.copytree(base_model, folder / "base-model", copy_function=os.link)
+    data = folder / "mlx-doc-data"
+    made = run_script("cwk_create_dataset.py", "--data-folder", data)
+    assert made.returncode == 0, made.stderr
+    for name, records in (("test.jsonl", 4), ("valid.jsonl", 4), ("train.jsonl", 100)):
+        lines = sorted((data / name).read_text().splitlines(keepends=True), key=len)
+        (data / name).write_text("".join(lines[:records]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def training(project) -> str:
+    """The output of run-training.sh, which converts the model, with a few iterations."""
+    return call(project / "run-training.sh", ITERS="6", LORA_LAYERS="8", VAL_BATCHES="1")
+
+
+@pytest.fixture(scope="session")
+def converted(project, training) -> Path:
+    return project / "base-model-mlx"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -308,45 +350,12 @@ def test_the_base_model_knows_the_capital_of_france(converted):
     assert "\nThe capital of France is Paris." in process.stdout
 
 
-def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(base_model, wheel, tmp_path):
-    """A copy of the project runs from another directory, with a few iterations."""
-    project = tmp_path / "project"
-    project.mkdir()
-    for name in ("convert.py", "models.py", "lora.py", "cwk_create_dataset.py"):
-        shutil.copy(ROOT / name, project)
-    shutil.copytree(ROOT / "parts", project / "parts")
-    for name in ("run-training.sh", "run-inference.sh"):
-        shutil.copy(ROOT / name, project)
-    shutil.copytree(base_model, project / "base-model", copy_function=os.link)
-    if not (project / "base-model" / "make.py").exists():
-        shutil.copy(FOLDER / "make.py", project / "base-model")
-
-    def call(script, **variables):
-        return subprocess.run(
-            [project / script],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHON": sys.executable, **variables},
-            capture_output=True,
-            text=True,
-            timeout=1200,
-        )
-
-    # The data set is made once, and cut so that a test of it is short.
-    data = project / "mlx-doc-data"
-    made = run_script("cwk_create_dataset.py", "--data-folder", data)
-    assert made.returncode == 0, made.stderr
-    for name, records in (("test.jsonl", 8), ("valid.jsonl", 8), ("train.jsonl", 100)):
-        lines = sorted((data / name).read_text().splitlines(keepends=True), key=len)
-        (data / name).write_text("".join(lines[:records]))
-
-    training = call("run-training.sh", ITERS="6", LORA_LAYERS="8", VAL_BATCHES="1")
-    assert training.returncode == 0, training.stderr
-    before, after = re.findall(r"Test ppl (\S+)\.\n", training.stdout)
+def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(project, training):
+    before, after = re.findall(r"Test ppl (\S+)\.\n", training)
     assert float(after) < 0.9 * float(before)
 
-    inference = call("run-inference.sh", NUM_TOKENS="12")
-    assert inference.returncode == 0, inference.stderr
-    base, adapted = inference.stdout.split("== The adapted model")
+    inference = call(project / "run-inference.sh", NUM_TOKENS="12")
+    base, adapted = inference.split("== The adapted model")
     question = "Generating\nQ: What is ReLU in mlx?\nA:"
     assert question in base
     assert question in adapted
@@ -354,22 +363,35 @@ def test_the_scripts_go_the_whole_way_from_checkpoint_to_answer(base_model, whee
 
     # What is made already is used as it is; the quantized model goes the same way (QLoRA).
     quantized = call(
-        "run-training.sh", ITERS="2", CONVERT_FLAGS="-q", MODEL=str(project / "4bit"),
+        project / "run-training.sh", ITERS="2", CONVERT_FLAGS="-q", MODEL=str(project / "4bit"),
         ADAPTER=str(project / "q.npz"), VAL_BATCHES="1", LORA_LAYERS="2",
     )  # fmt: skip
-    assert quantized.returncode == 0, quantized.stderr
-    assert "Total parameters 162.8" in quantized.stdout
+    assert "Total parameters 162.8" in quantized
     assert (project / "q.npz").exists()
     assert (project / "4bit" / "weights.npz").stat().st_size < 200e6
 
-    # And so does every command of the README that needs neither a download nor another machine.
+
+def test_every_command_of_the_readme_that_needs_no_download_and_no_other_machine_runs(tmp_path):
+    """With a checkpoint of three layers in the base model's place."""
+    project = copy_project(tmp_path / "project")
+    params = {**QUICK, "hidden_dim": 128}  # which groups of 64 divide
+    weights = {
+        name: torch.from_numpy(np.array(value))
+        for name, value in tree_flatten(Model(ModelArgs(**params)).parameters())
+    }
+    (project / "base-model").mkdir()
+    shutil.copy(FOLDER / "make.py", project / "base-model")
+    torch.save(weights, project / "base-model" / "consolidated.00.pth")
+    (project / "base-model" / "params.json").write_text(json.dumps(params))
+    write_quick_tokenizer(project / "base-model")
+
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     elsewhere = re.compile("pip install|mistral|mlx.launch|benchmarks/")
     blocks = [block for block in blocks if not elsewhere.search(block)]
     assert len(blocks) >= 7
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     quick = {"ITERS": "2", "LORA_LAYERS": "2", "VAL_BATCHES": "1", "NUM_TOKENS": "4"}
-    for block in blocks:
+    for block in ["./run-training.sh", *blocks]:
         process = subprocess.run(
             ["bash", "-ec", block],
             cwd=project,

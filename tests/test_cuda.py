@@ -171,9 +171,9 @@ extern "C" void run_KERNEL(int n_blocks, void** at, int* scalars) {
 
 
 @pytest.fixture(scope="session")
-def compiled_kernels(shared_folder) -> Path:
+def compiled_kernels(tmp_path_factory) -> Path:
     """What g++ has made of a source stays for all tests."""
-    return shared_folder("kernels")
+    return tmp_path_factory.mktemp("kernels")
 
 
 @pytest.fixture
