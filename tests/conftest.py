@@ -1,5 +1,6 @@
 """What several tests need: small models, real texts, and a way to call a script as a user does."""
 
+import importlib
 import inspect
 import io
 import json
@@ -72,6 +73,30 @@ def run_script(script: str, *arguments: str | Path, cwd: Path | None = None, **e
         encoding="utf-8",
         timeout=600,
     )
+
+
+def call_script(script: str, *arguments: str | Path) -> subprocess.CompletedProcess:
+    """What `run_script` gives, from the script's `main` in this process: it starts at once, while
+    a process of its own imports torch for seconds.
+    """
+    main = importlib.import_module(script.removesuffix(".py")).main
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    before = sys.argv, sys.stdout, sys.stderr
+    outputs = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
+    sys.argv, sys.stdout, sys.stderr = [script, *map(str, arguments)], *outputs
+    status = None
+    try:
+        main()
+    except SystemExit as exit:
+        status = exit.code
+    finally:
+        sys.argv, sys.stdout, sys.stderr = before
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    for output in outputs:
+        output.flush()
+    texts = [output.buffer.getvalue().decode() for output in outputs]
+    return subprocess.CompletedProcess([script, *arguments], status or 0, *texts)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:

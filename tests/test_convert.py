@@ -1,9 +1,11 @@
 """convert.py on small checkpoints in every layout, whole and damaged."""
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, run_script
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, call_script, run_script
 
 import convert
 import lora
@@ -65,12 +67,13 @@ def checkpoint(tmp_path):
     return write_checkpoint(tmp_path / "torch", checkpoint_tensors(), META)
 
 
-def run(torch_path, mlx_path, *flags):
-    return run_script("convert.py", "--torch-path", torch_path, "--mlx-path", mlx_path, *flags)
+def run(torch_path, mlx_path, *flags, by=call_script):
+    """Run convert.py, in this process or, by `run_script`, in one of its own."""
+    return by("convert.py", "--torch-path", torch_path, "--mlx-path", mlx_path, *flags)
 
 
 def test_the_weights_are_the_checkpoints_in_float16_under_their_own_names(checkpoint, tmp_path):
-    process = run(checkpoint, tmp_path / "mlx")
+    process = run(checkpoint, tmp_path / "mlx", by=run_script)
     assert process.returncode == 0, process.stderr
     assert process.stderr == ""
     expected = {name: t.to(torch.float16).numpy() for name, t in checkpoint_tensors().items()}
@@ -114,8 +117,9 @@ def test_given_values_are_kept(tmp_path):
 
 
 def test_two_conversions_are_equal_byte_for_byte(checkpoint, tmp_path):
-    for name in ("one", "two"):
-        assert run(checkpoint, tmp_path / name, "-q", "--q-group-size", 32).returncode == 0
+    for name, by in (("one", call_script), ("two", run_script)):
+        process = run(checkpoint, tmp_path / name, "-q", "--q-group-size", 32, by=by)
+        assert process.returncode == 0, process.stderr
     for name in model_folder.FILES:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
@@ -519,7 +523,8 @@ def test_integers_are_no_weights(checkpoint, tmp_path):
 def test_a_tokenizer_that_is_not_sentencepieces_is_refused(checkpoint, tmp_path):
     lines = [b"IQ== 0\n", b"Ig== 1\n", b"Iw== 2\n"]  # as Llama 3's file: a piece and its rank
     (checkpoint / "tokenizer.model").write_bytes(b"".join(lines))
-    assert "no SentencePiece model" in error_of(run(checkpoint, tmp_path / "mlx"))
+    process = run(checkpoint, tmp_path / "mlx", by=run_script)  # whose library prints, too
+    assert "no SentencePiece model" in error_of(process)
     (checkpoint / "tokenizer.model").rename(checkpoint / "tekken.json")
     assert "Tekken" in error_of(run(checkpoint, tmp_path / "mlx"))
 
@@ -599,30 +604,57 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
+# For each line that it reads, converts in a process of its own, with torch loaded once for all.
+CONVERT_IN_FORKS = """
+import os, sys, convert
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr
+        convert.main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
 @pytest.mark.parametrize("existing", [False, True])
 def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
     """Ten kills at random moments: over a model that is there, and where none is."""
     assert run(checkpoint, tmp_path / "old", "-q", "--q-group-size", 32).returncode == 0
     assert run(checkpoint, tmp_path / "new").returncode == 0
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
-    command = [sys.executable, ROOT / "convert.py", "--torch-path", checkpoint]
-    start = time.monotonic()
-    subprocess.run([*command, "--mlx-path", tmp_path / "timed"], check=True, capture_output=True)
-    seconds = time.monotonic() - start
-    rng = np.random.default_rng(existing)
     target = tmp_path / "target"
-    for moment in rng.uniform(0.3, 1.1, 10) * seconds:
-        if existing:
-            shutil.copytree(tmp_path / "old", target, dirs_exist_ok=True)
-        process = subprocess.Popen(
-            [*command, "--mlx-path", target], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(moment)
-        process.kill()
-        process.wait()
-        if existing or target.exists():
-            assert contents(target) in (old, new)
-        shutil.rmtree(target, ignore_errors=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", CONVERT_IN_FORKS, "--torch-path", checkpoint, "--mlx-path", target],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as forks:
+
+        def convert_once(kill_after: float = 60) -> float:
+            """The seconds of a conversion, which is killed after so many."""
+            forks.stdin.write(b"\n")
+            child, start = int(forks.stdout.readline()), time.monotonic()
+            if not select.select([forks.stdout], [], [], kill_after)[0]:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child, signal.SIGKILL)
+            assert int(forks.stdout.readline()) in (0, signal.SIGKILL)
+            return time.monotonic() - start
+
+        seconds = convert_once()
+        assert contents(target) == new
+        rng = np.random.default_rng(existing)
+        for moment in rng.uniform(0, 1.1, 10) * seconds:
+            shutil.rmtree(target, ignore_errors=True)
+            if existing:
+                shutil.copytree(tmp_path / "old", target)
+            convert_once(moment)
+            if existing or target.exists():
+                assert contents(target) in (old, new)
+        forks.stdin.close()
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
     assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))
@@ -748,7 +780,9 @@ def test_a_full_disk_is_status_1_and_leaves_nothing(checkpoint, tmp_path):
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("mounting a small file system needs root")
     try:
-        assert "are free on the disk" in error_of(run(checkpoint, disk / "mlx"), status=1)
+        assert "are free on the disk" in error_of(
+            run(checkpoint, disk / "mlx", by=run_script), status=1
+        )
         assert "are free on the disk" in error_of(run(checkpoint, disk), status=1)
         assert list(disk.iterdir()) == []
     finally:
