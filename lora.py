@@ -55,7 +55,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The flags of this script, each documented beside its default."""
+    """Return the parser of this script's flags, each documented next to its default."""
     count = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
     length = cli.number(int, lambda n: n >= 2, "a whole number of at least 2")
     batches = cli.number(

@@ -20,7 +20,7 @@ def load_fast_blas() -> ctypes.CDLL | None:
 
     The bundled one is the reference implementation, some fifty times slower. The dynamic linker
     takes the first `cblas_sgemm` that it meets, so this has to run before MLX is first imported.
-    Gives None where there is no MKL; macOS and CUDA do not need it.
+    Returns None where there is no MKL; macOS and CUDA do not need it.
     """
     try:
         files = importlib.metadata.files("mkl") or []
@@ -31,8 +31,8 @@ def load_fast_blas() -> ctypes.CDLL | None:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library of Linux keep the memory of freed arrays for others. By default it gives
-    that of large ones back to the system, which has to clear pages for each new one.
+    """Have the C library of Linux keep the memory of freed arrays for others. By default it
+    returns that of large ones to the system, which has to clear pages for each new one.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
@@ -45,7 +45,7 @@ FAST_BLAS = load_fast_blas()
 
 import mlx.core as mx  # noqa: E402
 
-QUEUE_ROOM = 350_000_000  # bytes that work which waits for CUDA may hold, beside what a step needs
+QUEUE_ROOM = 350_000_000  # bytes that work waiting for CUDA may hold, besides what a step needs
 WITHOUT_BFLOAT16 = re.compile(r"applegpu_g1[34]")  # Apple's M1 and M2, which emulate it
 
 # For tests: `MLX_LORA_DEVICE=metal` has a CPU take the path of a Mac's GPU, with all operations of
@@ -73,7 +73,7 @@ if ON_CPU:
     # MLX then queues the work of all streams in turns, not that of one after that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 elif has_cuda():
-    # The graphs that each length of a batch takes are kept, not made anew for each batch.
+    # Keep the graphs that each length of a batch takes, rather than make them for each batch.
     os.environ.setdefault("MLX_CUDA_GRAPH_CACHE_SIZE", "10000")
 
 
@@ -82,16 +82,16 @@ elif has_cuda():
 
 
 def available_cores() -> list[int]:
-    """The cores that this process may run on."""
+    """Return the cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count()))
 
 
 def open_streams(n: int, local_size: int = 1) -> list[mx.Stream]:
-    """Streams to share a batch out among. On a CPU, where MLX runs a stream on one thread: at most
-    `n`, and at most this process's share of the cores, which `local_size` processes have; the
-    threads of the BLAS are divided among them. On a GPU: the default stream.
+    """Return streams to split a batch among. On a CPU, where MLX runs a stream on one thread: at
+    most `n`, and at most this process's share of the cores, which `local_size` processes split; the
+    threads of the BLAS are split among the streams. On a GPU: the default stream.
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
@@ -123,8 +123,10 @@ def limit_command_buffers(training: bool) -> None:
 
 
 def compiled(function: Callable, **state: list) -> Callable:
-    """The function as `mx.compile` makes it, which joins a GPU's small kernels; on a CPU, where
-    that gains nothing and needs a C++ compiler, as it is. `state`: `inputs` and `outputs` of it.
+    """Return the function as `mx.compile` makes it, which joins a GPU's small kernels; on a CPU,
+    where that gains nothing and needs a C++ compiler, return it as it is.
+
+    state: its `inputs` and `outputs`.
     """
     return function if ON_CPU else mx.compile(function, **state)
 
@@ -134,9 +136,9 @@ def compiled(function: Callable, **state: list) -> Callable:
 
 
 def default_dtype(generating: bool = False) -> mx.Dtype:
-    """What `--dtype auto` computes in: float32 on a CPU, where half precision has no fast product,
-    and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU that has no
-    bfloat16 takes float16.
+    """Return what `--dtype auto` computes in: float32 on a CPU, where half precision has no fast
+    product, and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU
+    that has no bfloat16 takes float16.
     """
     if mx.default_device() == mx.Device(mx.cpu):  # also in the place of a GPU
         return mx.float32
@@ -145,7 +147,7 @@ def default_dtype(generating: bool = False) -> mx.Dtype:
 
 
 def working_set() -> int | None:
-    """The bytes that macOS recommends that its GPU work with at most; None for other devices."""
+    """Return the bytes that macOS recommends as its GPU's most; None for other devices."""
     return mx.device_info().get("max_recommended_working_set_size") if has_metal() else None
 
 
@@ -165,7 +167,7 @@ def check_memory(needed: int) -> None:
 
 
 def free_memory() -> int | None:
-    """The bytes of memory that processes can still have; None where Linux does not tell."""
+    """Return the bytes of memory that processes can still have; None where Linux does not tell."""
     meminfo = Path("/proc/meminfo")
     if not meminfo.exists():
         return None
@@ -173,8 +175,8 @@ def free_memory() -> int | None:
 
 
 def give_back_memory() -> None:
-    """On Metal, give the system the memory of freed arrays, which MLX keeps for others of the same
-    size. For when those that follow have other sizes.
+    """On Metal, return the memory of freed arrays to the system; MLX keeps it for others of the
+    same size. Call it when those that follow have other sizes.
     """
     if has_metal():
         mx.clear_cache()
@@ -182,8 +184,8 @@ def give_back_memory() -> None:
 
 @contextmanager
 def wired() -> Iterator[None]:
-    """On Metal, what is computed with stays in memory, and is not made ready anew for each token.
-    On macOS before 15 this does nothing.
+    """On Metal, keep what is computed with in memory, rather than make it ready for each token. On
+    macOS before 15 this does nothing.
     """
     limit = working_set()
     if limit is None:
@@ -199,9 +201,9 @@ def wired() -> Iterator[None]:
 
 @contextmanager
 def limits_restored() -> Iterator[None]:
-    """MLX's limits of memory and of freed memory are at the end as they were."""
+    """At the end, restore MLX's limits of memory and of freed memory."""
     setters = mx.set_memory_limit, mx.set_cache_limit
-    limits = [set_limit(0) for set_limit in setters]  # which tells the one before
+    limits = [set_limit(0) for set_limit in setters]  # which returns the one before
     for set_limit, limit in zip(setters, limits, strict=True):
         set_limit(limit)
     try:
@@ -212,9 +214,9 @@ def limits_restored() -> Iterator[None]:
 
 
 def bounded(start: Callable, state: list, queues: bool = True) -> Callable:
-    """A step that on a GPU leaves MLX no more memory than its longest batch needs.
+    """Return a step that on a GPU leaves MLX no more memory than its longest batch needs.
 
-    `start` takes the inputs (B, L) of a batch first, and gives arrays that are still being
+    `start` takes the inputs (B, L) of a batch first, and returns arrays that are still being
     computed, as `state` is. A batch longer than all before is waited for, and shows the need. With
     CUDA the limit is on the work that waits, where a step `queues` behind another: rather than
     queue more, MLX waits. With Metal it is on the memory of freed arrays, since those of one length
@@ -261,7 +263,7 @@ LESS_WORK = (
 
 
 def advice(error: BaseException) -> str | None:
-    """What helps against an error of the device; None for other errors, and where it is said."""
+    """Return what helps against an error of the device; None for other errors."""
     message = str(error)
     if NO_MEMORY.search(message):
         return LESS_MEMORY

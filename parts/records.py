@@ -4,8 +4,8 @@ import json
 
 
 def parse_record(line: bytes, key: str, place: str) -> str:
-    """The text under `key` in the object of one line. Raises ValueError, which names `place`, and
-    says what the line holds instead.
+    """Return the text under `key` in the object of one line. Raises ValueError, which names
+    `place`, and says what the line holds instead.
     """
     try:
         content = line.decode("utf-8-sig").strip()
@@ -30,11 +30,12 @@ def parse_record(line: bytes, key: str, place: str) -> str:
 
 
 def expected(key: str) -> str:
+    """Return what an error says of the lines that are wanted."""
     return f'each line holds one {{"{key}": "..."}}'
 
 
 def describe(record: object, key: str) -> str:
-    """What a line holds that has no text under `key`."""
+    """Return what a line holds that has no text under `key`."""
     if isinstance(record, list):
         return "it is a JSON array"
     if not isinstance(record, dict):
@@ -46,7 +47,7 @@ def describe(record: object, key: str) -> str:
 
 
 def shortened(value: object) -> str:
-    """A value as JSON has it, of 40 characters at most."""
+    """Return a value as JSON has it, of 40 characters at most."""
     try:
         text = json.dumps(value)
     except RecursionError:  # writing takes some levels more than reading
