@@ -6,7 +6,7 @@ Adapters and state are two files, which no system replaces at once. The protocol
 2. Write the state to adapters.state.npz.partial; it names the SHA-256 of the new adapters and of
    those that they replace.
 3. Rename the state into its place. Before, a kill leaves the last save; from now on it is this one.
-4. Rename the adapters into theirs. A kill before that leaves them partial: at the next start,
+4. Rename the adapters into theirs. A kill before that leaves them partial: when the run is resumed,
    `recover_interrupted_save` checks them against the state, and does this step.
 
 The state is all that a run needs to continue as if it had never been interrupted. Training draws no
