@@ -73,9 +73,12 @@ def find_siblings(adapter_file: str | Path) -> list[Path]:
     found = []
     for suffix, is_ours in SIBLINGS.items():
         path = sibling(adapter_file, suffix)
-        if path.is_file() and not path.stat().st_size or not os.path.exists(path):
+        is_empty = path.is_file() and not path.stat().st_size
+        if is_empty or not os.path.exists(path):
             continue
-        if not path.is_file() or not is_ours(path):  # a folder, or a device that a link leads to
+        if path.is_dir() and is_ours is not is_state:  # a log or plot that fails costs a warning
+            continue
+        if not path.is_file() or not is_ours(path):  # as a device that a link leads to
             raise ValueError(
                 f"--adapter-file {adapter_file} would replace {path}, which no training made: "
                 "name another"

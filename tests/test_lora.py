@@ -251,7 +251,7 @@ def test_activations_after_an_adapter_stay_half_precision(tiny_model):
     add_lora(model, [0, 1, 2])
     logits, cache = model(mx.array([[1, 2, 3]]))
     assert logits.dtype == mx.float16
-    assert all(keys.dtype == values.dtype == mx.float16 for keys, values, _ in cache)
+    assert all(layer.keys.dtype == layer.values.dtype == mx.float16 for layer in cache)
 
 
 def test_a_quantized_layer_counts_as_the_layer_that_it_was():
