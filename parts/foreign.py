@@ -65,10 +65,14 @@ def text_of(value: object) -> str | None:
 
 
 def own_attributes(value: object) -> Mapping:
-    """What a module or class holds, whatever its `__dict__` says; nothing for anything else."""
-    attribute(value, "__dict__")  # some modules are loaded when they are first asked
+    """What a module or class holds, whatever its `__dict__` says; nothing for anything else, or
+    where it does not want to be asked.
+    """
     kind = type if is_a(value, type) else ModuleType
-    return kind.__dict__["__dict__"].__get__(value) if is_a(value, kind) else {}
+    # Asked, since some modules are loaded only then.
+    if not is_a(value, kind) or attribute(value, "__dict__") is None:
+        return {}
+    return kind.__dict__["__dict__"].__get__(value)
 
 
 def base_classes(value: type) -> tuple[type, ...]:

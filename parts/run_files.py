@@ -3,7 +3,6 @@ what the suite did not make, it does not replace.
 """
 
 import json
-import os
 from pathlib import Path
 
 from parts.cli import warn
@@ -73,12 +72,11 @@ def find_siblings(adapter_file: str | Path) -> list[Path]:
     found = []
     for suffix, is_ours in SIBLINGS.items():
         path = sibling(adapter_file, suffix)
-        is_empty = path.is_file() and not path.stat().st_size
-        if is_empty or not os.path.exists(path):
+        if path.is_file() and not path.stat().st_size or not path.exists():
             continue
-        if path.is_dir() and is_ours is not is_state:  # a log or plot that fails costs a warning
+        if path.is_dir() and suffix != ".state.npz":  # it stays, and training goes on without
             continue
-        if not path.is_file() or not is_ours(path):  # as a device that a link leads to
+        if not path.is_file() or not is_ours(path):  # it may be a device that a link leads to
             raise ValueError(
                 f"--adapter-file {adapter_file} would replace {path}, which no training made: "
                 "name another"

@@ -137,17 +137,23 @@ def test_a_file_beside_the_adapters_that_no_training_made_is_named(tmp_path, nam
 def test_what_is_no_file_is_not_replaced_either(tmp_path, suffix):
     """A file that takes the place of a link takes that of what the link leads to."""
     path = tmp_path / f"run{suffix}"
-    for make in (
-        lambda: os.mkfifo(path),
-        lambda: path.symlink_to(os.devnull),
-        *([lambda: path.symlink_to(tmp_path)] if suffix == ".state.npz" else []),
-    ):
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to(os.devnull)):
         make()
         with pytest.raises(ValueError, match=f"run{suffix}, which no training made"):
             find_siblings(tmp_path / "run.npz")
         path.unlink()
     path.symlink_to(tmp_path / "not-yet")
     assert find_siblings(tmp_path / "run.npz") == []
+
+
+def test_a_folder_in_the_states_place_is_named(tmp_path):
+    """Those in the places of the log and the plot cost these alone."""
+    for suffix in (".png", ".log.jsonl"):
+        (tmp_path / f"run{suffix}").mkdir()
+    assert find_siblings(tmp_path / "run.npz") == []
+    (tmp_path / "run.state.npz").mkdir()
+    with pytest.raises(ValueError, match="run.state.npz, which no training made"):
+        find_siblings(tmp_path / "run.npz")
 
 
 def test_of_a_large_file_the_beginning_says_whose_it_is(tmp_path):

@@ -150,7 +150,7 @@ class Text(str):
     def strip(self):
         return 5
 class Meta(type):
-    __dict__ = property(lambda cls: Failing())
+    __dict__ = property(lambda cls: {"told": 5})
     __name__ = property(lambda cls: Failing())
 class Liar(metaclass=Meta):
     "Liar."
