@@ -39,6 +39,7 @@ PREPROCESS = True  # make docstrings fit to learn from, or leave them as they ar
 MODULE_SECONDS = 120  # that the import of a module may take
 PACKAGE_SECONDS = 1800  # that the imports of a package may take; to look at them, as much again
 GRACE_SECONDS = 30  # after which a process that does not interrupt itself is killed
+LONGEST_LINE = 1 << 20  # bytes of a line that this script may have written
 QUESTION = "Q: What is {name} in {package}?\nA: "
 
 # -------------------------------------------------------------------------------------------------
@@ -222,11 +223,16 @@ def check_folder(folder: Path, packages: list[str], overwrite: bool) -> None:
     """Raise ValueError, NotADirectoryError or IsADirectoryError where the files cannot be written,
     or would replace what this script did not make, or made of other packages.
     """
-    if folder.exists() and not folder.is_dir():
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not existing.is_dir():
         raise NotADirectoryError(f"--data-folder {folder} is a file: name a folder")
+    if not os.access(existing, os.W_OK):
+        raise ValueError(f"nothing can be written into {existing}: name another --data-folder")
     for path in (folder / name for name in DATASET):
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder: move it, or name another")
+        if os.path.lexists(path) and not path.is_file():
+            raise ValueError(f"{path} is no file: move it, or name another --data-folder")
         if not path.exists() or overwrite:
             continue
         found = packages_in(path)
@@ -249,9 +255,9 @@ def packages_in(path: Path) -> set[str] | None:
     )
     packages = set()
     try:
-        for line in path.read_bytes().splitlines():
-            record = json.loads(line)
-            packages.add(pattern.match(record["text"])[1])
+        with open(path, "rb") as file:
+            for line in iter(lambda: file.readline(LONGEST_LINE), b""):
+                packages.add(pattern.match(json.loads(line)["text"])[1])
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return packages
@@ -272,6 +278,8 @@ def reading_settings() -> Settings:
 def why_empty(package: str, reason: str | None) -> str:
     """Return why a package has no record: its name may be that of a distribution."""
     names = names_of_distribution(package)
+    if not names and not all(map(str.isidentifier, package.split("."))):
+        return "it is no name of a package: give the name that an import has"
     if names and package not in names:
         return f"{package} is imported as {', '.join(names)}"
     return reason or "nothing public in it has a docstring of its own"

@@ -185,6 +185,8 @@ def find_tokenizer(folder: Path, vocab_size: int) -> Path:
         raise ValueError(
             f"{path} is no SentencePiece model, such as Llama 3's, or is damaged"
         ) from error
+    if not n_tokens:
+        raise ValueError(f"{path} is empty: download it again")
     if n_tokens > vocab_size:
         raise ValueError(f"{path} has {n_tokens} tokens, the model {vocab_size}: it is of another")
     return path

@@ -39,6 +39,7 @@ FOREIGN_FILES = (  # what only other models' folders hold
     "pytorch_model*.bin",
     "*.pth",
     "*.gguf",
+    "*.index.json",
 )
 
 # -------------------------------------------------------------------------------------------------
@@ -62,7 +63,7 @@ def read_config(
         model = model_class(args_class(**config))
         if quantization is not None:
             nn.quantize(model, **quantization, class_predicate=quantizable)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a model ({error}): run convert.py") from error
     return model
 
@@ -166,7 +167,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """
     exists = target.exists()
     staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
-    if staged.exists() and not set(os.listdir(staged)) <= set(FILES):
+    is_other = staged.is_symlink() or (staged.exists() and not staged.is_dir())
+    if is_other or (staged.exists() and not set(os.listdir(staged)) <= set(FILES)):
         raise ValueError(f"{staged} is in the way, where the model is first written: move it")
     staged.mkdir(parents=True, exist_ok=True)  # with what a run that was killed has left
     lock = os.open(staged, os.O_RDONLY)
@@ -213,7 +215,7 @@ def check_replaceable(folder: Path) -> None:
     found = [path.name for pattern in FOREIGN_FILES for path in sorted(folder.glob(pattern))]
     if found:
         raise ValueError(f"--mlx-path {folder} is another model's, with {found[0]}: name another")
-    taken = [name for name in FILES if (folder / name).exists()]
+    taken = [name for name in FILES if os.path.lexists(folder / name)]
     if taken and not is_converted(folder):
         raise ValueError(
             f"--mlx-path {folder} holds a {taken[0]} that convert.py did not make: name another"
@@ -224,9 +226,11 @@ def is_converted(folder: Path) -> bool:
     """Whether convert.py has made the weights of this folder, and its params where there are any:
     a run that was killed may have left none.
     """
-    params = folder / "params.json"
+    weights, params = folder / "weights.npz", folder / "params.json"
+    if not weights.is_file() or (params.exists() and not params.is_file()):
+        return False
     try:
-        with zipfile.ZipFile(folder / "weights.npz") as archive:
+        with zipfile.ZipFile(weights) as archive:
             is_model = "tok_embeddings.weight.npy" in archive.namelist()
         return is_model and (not params.exists() or read_json(params).keys() >= PARAMS)
     except (OSError, ValueError, zipfile.BadZipFile):

@@ -68,6 +68,7 @@ def read_packages(
             for found in tqdm(readings, "Reading", len(packages), unit=" packages", disable=None):
                 skipped |= found
         except BaseException:  # Ctrl-C, or a full disk
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave processes
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
@@ -102,7 +103,7 @@ def read_package(
                         break
 
                     # Note what it is at, what it skips, and its records.
-                    kind, *content = connection.recv()
+                    kind, *content = receive(connection)
                     if kind in ("import", "look"):
                         current = content[0]
                     elif kind == "skip":
@@ -122,6 +123,14 @@ def read_package(
         too_late = time.monotonic() > deadline or stopped.is_set()
         if current == package or has_records or too_late:
             return skipped
+
+
+def receive(connection: Connection) -> tuple:
+    """Return the next message. Raises EOFError where the process has ended, also amid one."""
+    try:
+        return connection.recv()
+    except OSError as error:
+        raise EOFError from error
 
 
 @contextmanager

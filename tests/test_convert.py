@@ -805,3 +805,20 @@ def test_a_value_that_float16_cannot_hold_is_refused_whatever_its_place(checkpoi
     says = error_of(run(checkpoint, tmp_path / "mlx"))
     assert "layers.1.feed_forward.w2.weight holds values that are not finite in float16" in says
     assert [path.name for path in tmp_path.iterdir()] == ["torch"]
+
+
+def test_an_empty_tokenizer_is_named(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "copy")
+    (folder / "tokenizer.model").write_bytes(b"")
+    process = run_script("convert.py", "--torch-path", folder, "--mlx-path", tmp_path / "mlx")
+    assert process.returncode == 2
+    assert f"{folder / 'tokenizer.model'} is empty: download it again" in process.stderr
+
+
+@pytest.mark.parametrize("name", ["weights.npz", "params.json"])
+def test_what_is_no_file_is_not_replaced_nor_waited_for(checkpoint, tmp_path, name):
+    (tmp_path / "mlx").mkdir()
+    os.mkfifo(tmp_path / "mlx" / name)
+    process = run_script("convert.py", "--torch-path", checkpoint, "--mlx-path", tmp_path / "mlx")
+    assert process.returncode == 2
+    assert f"holds a {name} that convert.py did not make" in process.stderr

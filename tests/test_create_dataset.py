@@ -647,3 +647,49 @@ def test_a_loop_in_compiled_code_costs_its_module_alone(tmp_path, monkeypatch, c
     dataset.create_dataset(["stuck"], tmp_path / "data", processes=1, tokenizer=None)
     assert "skipped stuck.endless: it took longer than 2 s\n" in capfd.readouterr()[0]
     assert sum(map(len, read(tmp_path / "data").values())) == 5
+
+
+HALF_A_MESSAGE = """
+import os
+for pipe in range(3, 1 + max(map(int, os.listdir("/dev/fd")))):
+    try:
+        os.write(pipe, b"\\0\\0\\1\\0 256 bytes, it says, follow")
+    except OSError:
+        pass
+os._exit(7)
+"""
+
+
+def test_a_process_that_ends_amid_a_message_costs_its_package_alone(tmp_path):
+    make_package(tmp_path, "ends", __init__=HALF_A_MESSAGE)
+    process = run(tmp_path, "ends", "json", "--data-folder", tmp_path / "data")
+    assert process.returncode == 1
+    assert "no records of ends: it exited with 7" in process.stderr
+    assert sum(map(len, read(tmp_path / "data").values())) > 5
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda folder: os.mkfifo(folder / "train.jsonl"), "train.jsonl is no file: move it"),
+        (lambda folder: os.symlink("nowhere", folder / "test.jsonl"), "test.jsonl is no file"),
+        (lambda folder: os.symlink("nowhere", folder / "data"), "data is a file: name a folder"),
+        (lambda folder: (folder / "data").touch(), "data is a file: name a folder"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_one_line_at_once(tmp_path, make, says):
+    make(tmp_path)
+    folder = tmp_path / "data" / "deep" if os.path.lexists(tmp_path / "data") else tmp_path
+    process = run(tmp_path, "json", "--data-folder", folder, "--overwrite")
+    assert process.returncode == 2
+    if "data is" in says:
+        says = "is a file: name a folder"
+    assert says in process.stderr
+    assert process.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["./json", "", "a-b.c"])
+def test_what_is_no_name_of_a_package_is_said(tmp_path, name):
+    process = run(tmp_path, name, "--data-folder", tmp_path / "data")
+    assert process.returncode == 2
+    assert "it is no name of a package: give the name that an import has" in process.stderr
