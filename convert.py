@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from parts import checkpoints, cli, device, model_folder  # before MLX, for its BLAS
+from parts import cli, device, model_folder, source_checkpoints  # before MLX, for its BLAS
 from parts.lazy_tensors import Shards, read_parameters
 
 import mlx.core as mx
@@ -178,14 +178,14 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     Raises ValueError or FileNotFoundError for a mistake of the user's, OSError when the disk fails.
     """
     model_folder.check_target(mlx_path, torch_path)
-    checkpoint = checkpoints.open_checkpoint(torch_path)
+    checkpoint = source_checkpoints.open_checkpoint(torch_path)
     try:
         config = complete(checkpoint.params, checkpoint.tensors)
         shapes = parameter_shapes(config)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{checkpoint.source}: {error}") from error
-    checkpoints.check_tensors(checkpoint, config, shapes)
-    tokenizer = checkpoints.find_tokenizer(torch_path, config["vocab_size"])
+    source_checkpoints.check_tensors(checkpoint, config, shapes)
+    tokenizer = source_checkpoints.find_tokenizer(torch_path, config["vocab_size"])
 
     # Nothing is read before the file of the weights is written.
     weights = show_progress(read_parameters(checkpoint.tensors, shapes), shapes)

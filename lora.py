@@ -8,6 +8,7 @@ cat question.txt | python lora.py --model mlx_model --prompt -
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
 folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 """
+# The network and its LoRA layer are in models.py.
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
 

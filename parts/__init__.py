@@ -9,7 +9,7 @@ device            which device computes, and its BLAS, streams and memory
 ops               the one door: each operation's CPU form, CUDA kernel, or MLX's own
 ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
-cuda              compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
+nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
 rope              rotary positions: frequencies, and tables of cosines and sines
 kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
@@ -17,7 +17,8 @@ decoder           generate text: prefill, one token at a time, sampling
 decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
-checkpoints       Meta's, Mistral's and Hugging Face's layouts, from one map of names
+source_checkpoints  Meta's, Mistral's and Hugging Face's layouts of files
+hugging_face      its names, config and order of rows, from one map of names
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
 model_folder      weights.npz, params.json and the tokenizer: read, write

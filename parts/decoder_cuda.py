@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parts import cuda, device
+from parts import device, nvrtc
 from parts.kv_cache import KVCache
 from parts.merged_linear import base_linear, stack_lora
 from parts.rope import frequency_table
@@ -40,7 +40,7 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
     if kinds or dtype_of_one != dtype or any("lora_a" in linear for linear in after_attention):
         return None
     return {
-        "Number": cuda.NUMBER[dtype],
+        "Number": nvrtc.NUMBER[dtype],
         "BITS": bits,
         "GROUP_SIZE": group_size,
         "DIM": args.dim,
@@ -71,13 +71,13 @@ def kernel_inputs(layer: nn.Module) -> tuple[list[mx.array], int]:
 
 def compiled_kernel(model: nn.Module) -> bytes | None:
     """The code of the kernel for this model; None where GPU, model or compiler do not allow it."""
-    max_shared_memory = cuda.attribute(cuda.MAX_SHARED_MEMORY)
+    max_shared_memory = nvrtc.attribute(nvrtc.MAX_SHARED_MEMORY)
     if max_shared_memory < SHARED_MEMORY + STATIC_SHARED_MEMORY:
         return None
     constants = kernel_constants(model)
     if not constants:
         return None
-    return cuda.compile_kernels(cuda.read_source("decoder_cuda.cu"), tuple(constants.items()))
+    return nvrtc.compile_kernels(nvrtc.read_source("decoder_cuda.cu"), tuple(constants.items()))
 
 
 def kernel_layers(model: nn.Module) -> Callable | None:
@@ -90,7 +90,7 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     code = compiled_kernel(model) if device.has_cuda() else None
     if not code:
         return None
-    n_multiprocessors = cuda.attribute(cuda.MULTIPROCESSORS)
+    n_multiprocessors = nvrtc.attribute(nvrtc.MULTIPROCESSORS)
     args, dtype = model.args, model.norm.weight.dtype
     layers = [kernel_inputs(layer) for layer in model.layers]
     frequencies = frequency_table(args.head_dim, args.rope_theta)

@@ -2,6 +2,11 @@
 
 Import it before MLX, because it loads the BLAS that MLX is to use. Read `device.ON_CPU` as an
 attribute of the module, so that a test has one lever.
+
+What differs on CUDA: kernels of the suite's own (`ops_cuda` in training, `decoder_cuda` in
+decoding, both compiled by `nvrtc`), limits on the work that waits, a cache of graphs for many
+lengths, and NCCL's sum within the step. Other operations are MLX's, as on Metal; a CPU's are in
+`ops_cpu`.
 """
 
 import ctypes

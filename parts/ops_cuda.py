@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from parts import cuda, device
+from parts import device, nvrtc
 from parts.rope import frequency_table
 
 import mlx.core as mx
@@ -17,7 +17,9 @@ def has_kernels(x: mx.array) -> bool:
 
 def compiled_kernels(dtype: mx.Dtype) -> bytes | None:
     """The code of the kernels for arrays of `dtype`; None where they do not compile."""
-    return cuda.compile_kernels(cuda.read_source("ops_cuda.cu"), (("Number", cuda.NUMBER[dtype]),))
+    return nvrtc.compile_kernels(
+        nvrtc.read_source("ops_cuda.cu"), (("Number", nvrtc.NUMBER[dtype]),)
+    )
 
 
 def run_kernel(

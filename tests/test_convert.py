@@ -24,7 +24,8 @@ from conftest import MISTRAL_TOKENIZER, ROOT, TINY, call_script, run_script
 import convert
 import lora
 from models import Model, ModelArgs
-from parts import checkpoints, model_folder
+from parts import model_folder
+from parts.hugging_face import TO_HUGGING_FACE, TO_META, from_hugging_face, rename
 from parts.legacy_torch import open_legacy
 
 import mlx.core as mx
@@ -439,9 +440,9 @@ def test_the_logits_are_those_of_transformers_on_the_same_folder(hugging_face, t
 
 def test_the_names_are_those_of_transformers_and_back_again(hugging_face):
     ours = {name for name, _ in tree_flatten(Model(ModelArgs(**TINY)).parameters())}
-    theirs = {checkpoints.rename(name, checkpoints.TO_HUGGING_FACE) for name in ours}
+    theirs = {rename(name, TO_HUGGING_FACE) for name in ours}
     assert theirs == set(hugging_face[1].state_dict())
-    assert {checkpoints.rename(name, checkpoints.TO_META) for name in theirs} == ours
+    assert {rename(name, TO_META) for name in theirs} == ours
 
 
 def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
@@ -495,7 +496,7 @@ def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, sa
 )
 def test_another_architecture_is_named(config, name):
     with pytest.raises(ValueError, match=f"config.json: the architecture {name} is not supported"):
-        checkpoints.from_hugging_face(config, {})
+        from_hugging_face(config, {})
 
 
 def test_mistrals_mamba_is_named(checkpoint, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from parts import cuda, decoder_cuda, device, kv_cache, ops_cuda
+from parts import decoder_cuda, device, kv_cache, nvrtc, ops_cuda
 from parts.adapters import to_vector
 from parts.decoder import Decoder, generate_step
 from parts.files import digest
@@ -239,9 +239,9 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
 
     monkeypatch.setattr(device, "ON_CPU", False)
     monkeypatch.setattr(decoder_cuda, "THREADS", THREADS)
-    monkeypatch.setattr(cuda, "compile_kernels", compile_with_gxx)
-    attributes = {cuda.MULTIPROCESSORS: N_BLOCKS, cuda.MAX_SHARED_MEMORY: 100_000}
-    monkeypatch.setattr(cuda, "attribute", attributes.get)
+    monkeypatch.setattr(nvrtc, "compile_kernels", compile_with_gxx)
+    attributes = {nvrtc.MULTIPROCESSORS: N_BLOCKS, nvrtc.MAX_SHARED_MEMORY: 100_000}
+    monkeypatch.setattr(nvrtc, "attribute", attributes.get)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr(mx, "compile", lambda function: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
@@ -252,7 +252,7 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
 def test_an_error_of_the_compiler_names_the_file_of_the_kernel_and_the_line(name):
     lines = (ROOT / "parts" / name).read_text("utf-8").splitlines(keepends=True)
     broken = [*lines[:9], "#error broken\n", *lines[10:]]
-    source = cuda.read_source("ops_cuda.cu" if name == "numbers.cuh" else name)
+    source = nvrtc.read_source("ops_cuda.cu" if name == "numbers.cuh" else name)
     source = source.replace("".join(lines), "".join(broken))
     command = ["g++", "-E", "-x", "c++", "-"]
     process = subprocess.run(command, input=source, capture_output=True, text=True)

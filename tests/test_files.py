@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MISTRAL_TOKENIZER, run_script
 
-from parts import checkpoints
+from parts import source_checkpoints
 from parts.files import check_content
 from parts.legacy_torch import open_legacy
 from parts.records import parse_record
@@ -94,13 +94,13 @@ def test_in_a_checkpoints_folder(tmp_path, name, others):
     for file, content in {**others, name: LFS}.items():
         (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=f"{tmp_path / name} is {NAMES_LFS}"):
-        checkpoints.open_checkpoint(tmp_path)
+        source_checkpoints.open_checkpoint(tmp_path)
 
 
 def test_a_checkpoints_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_text(LFS)
     with pytest.raises(ValueError, match=f"tokenizer.model is {NAMES_LFS}"):
-        checkpoints.find_tokenizer(tmp_path, 32000)
+        source_checkpoints.find_tokenizer(tmp_path, 32000)
     (tmp_path / "consolidated.00.pth").write_text(LFS)
     (tmp_path / "params.json").write_text("{}")
     says = error_of("convert.py", "--torch-path", tmp_path, "--mlx-path", tmp_path / "mlx")
