@@ -8,7 +8,6 @@ cat question.txt | python lora.py --model mlx_model --prompt -
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
 folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
 """
-# The network and its LoRA layer are in models.py.
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
@@ -39,7 +38,7 @@ from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_str
 from parts.records import parse_record
 from parts.run_files import warn_of_replaced
 from parts.run_log import Meter, StepResult, TrainingLog, read_log, say
-from parts.run_state import NotSaved, RunState, recover_interrupted_save, run_fingerprint
+from parts.save_and_resume import NotSaved, RunState, recover_interrupted_save, run_fingerprint
 from parts.tokenizers import Tokenizer, stream_text
 
 import mlx.core as mx
@@ -47,7 +46,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map
 
-from models import Model, ModelArgs, add_lora, quantizable, top_layers
+from models import Model, ModelArgs, add_lora, quantizable, top_layers  # and the LoRA layer
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -226,7 +225,8 @@ def loss(
 ) -> tuple[mx.array, mx.array]:
     """Return the mean cross-entropy in nats over the targets that count, and their number.
 
-    inputs, targets: (B, L); lengths: (B,), how many targets of a row count, from its first on.
+    Every token of a text counts, a question's too, up to EOS; padding does not.
+    inputs, targets: (B, L); lengths: (B,), the targets of a row that count, from its first on.
     """
     logits, _ = model(inputs)
     losses = cross_entropy(logits, targets)  # (B, L)

@@ -17,7 +17,7 @@ decoder           generate text: prefill, one token at a time, sampling
 decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
-source_checkpoints  Meta's, Mistral's and Hugging Face's layouts of files
+source_checkpoints   Meta's, Mistral's and Hugging Face's layouts of files
 hugging_face      its names, config and order of rows, from one map of names
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
@@ -27,7 +27,7 @@ records           a line of JSONL to a text
 batches           rows of token ids to arrays of few lengths
 
 adapters          the adapter file: read, check, write
-run_state         crash-safe save and resume
+save_and_resume   crash-safe save and resume
 run_log           steps and seconds, lines and summaries, the log file, the plot
 run_files         the files that a training writes, and whether those in their places are one's
 interrupts        what Ctrl-C does to a training
