@@ -14,6 +14,7 @@ from pathlib import Path
 import mistral_common
 import numpy as np
 import pytest
+from hypothesis import settings
 from sentencepiece import SentencePieceTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,6 +29,10 @@ import mlx.nn as nn  # noqa: E402
 from mlx.utils import tree_flatten  # noqa: E402
 
 from models import Model, ModelArgs  # noqa: E402
+
+# Another test may run at the same time, and keep an example waiting.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 # A shell starts what it puts into the background deaf to Ctrl-C, and nohup to a terminal that is
 # closed; what the tests start would be too.
