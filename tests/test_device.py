@@ -81,7 +81,9 @@ def test_the_sum_of_ranks_is_waited_for_outside_of_the_step_but_for_that_of_nccl
     for _ in range(2):
         result = step(mx.array(tokens[:, :-1]), mx.array(tokens[:, 1:]), lengths)
     mx.eval(result)
-    assert [n > 0 for n in ranks.pending] == [on_gpu, on_gpu]
+    # A compiled step calls for NCCL's sum once, when it is traced.
+    assert len(ranks.pending) == (1 if on_gpu and device.TURNED else 2)
+    assert all((n > 0) == on_gpu for n in ranks.pending)
 
 
 # -------------------------------------------------------------------------------------------------
