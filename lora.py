@@ -6,7 +6,8 @@ python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
 cat question.txt | python lora.py --model mlx_model --prompt -
 
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
-folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line.
+folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line. LoRA makes x W of
+some layers x W + 2 (x A) B: W stays as it is, A and B are trained (`LoRALinear` in models.py).
 """
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
@@ -622,9 +623,8 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         used = [dset for dset in sets if dset is not None]
         n_truncated = sum(dset.truncate(tokenizer, args.max_seq_length) for dset in used)
         if n_truncated:
-            warn(
-                f"{n_truncated} texts are cut to {args.max_seq_length} tokens, see --max-seq-length"
-            )
+            length = args.max_seq_length
+            warn(f"{n_truncated} texts are cut to {length} tokens, see --max-seq-length")
     if args.train:
         if len(train_set) < args.batch_size:
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
