@@ -191,11 +191,8 @@ def create_dataset(
         lines = make_unique(sorted(spool.lines))
 
         # Note which packages have none.
-        empty = {
-            name: why_empty(name, skipped.get(name))
-            for name in packages
-            if name not in {line.package for line in lines}
-        }
+        found = {line.package for line in lines}
+        empty = {name: why_empty(name, skipped.get(name)) for name in packages if name not in found}
         skipped |= empty
 
         # Split them, near copies together, and write the files.

@@ -68,11 +68,12 @@ def read_packages(
             for found in tqdm(readings, "Reading", len(packages), unit=" packages", disable=None):
                 skipped |= found
         except BaseException:  # Ctrl-C, or a full disk
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one would leave processes
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second would leave processes
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
                 kill(process)
+            signal.signal(signal.SIGINT, before)
             raise
     return skipped
 

@@ -215,9 +215,11 @@ class Walk:
             return is_library(facts.home, self.root)
         if id(identity(value)) in self.gifts:
             return True
+        if facts.is_alias_of_type:
+            return False
         module = facts.module if cls is None or not facts.knows_type_alone else facts.holder
-        if facts.is_alias_of_type or module is None:
-            return not facts.is_alias_of_type
+        if module is None:
+            return True
         if cls is not None and top_level(module) == top_level(self._facts(cls).module or ""):
             return True
         return any(is_library(module, own) for own in self.own)

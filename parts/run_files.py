@@ -37,14 +37,14 @@ def is_state(path: Path) -> bool:
     """Whether a training saved its state here, whole or damaged since: an archive whose first
     member is one of the adapters.
     """
-    with open(path, "rb") as file:
-        head = file.read(64)
+    head = head_of(path, 64)
     return head.startswith(b"PK") and b"adapter.layers." in head
 
 
-def head_of(path: Path) -> bytes:
+def head_of(path: Path, size: int = HEAD) -> bytes:
+    """The first `size` bytes of a file."""
     with open(path, "rb") as file:
-        return file.read(HEAD)
+        return file.read(size)
 
 
 def is_log(path: Path) -> bool:
