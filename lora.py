@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -32,15 +31,18 @@ from parts.adapters import from_vector, to_vector
 from parts.batches import bucket_lengths, pad_batch
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.decoder import generate_step
-from parts.files import check_content, decode_text
+from parts.files import check_content
+from parts.flags import BATCHES, COUNT, LENGTH, RATE, SEED, TEMPERATURE
+from parts.flags import adapter_to_load, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import parse_record
 from parts.run_files import warn_of_replaced
-from parts.run_log import Meter, StepResult, TrainingLog, read_log, say
-from parts.save_and_resume import NotSaved, RunState, recover_interrupted_save, run_fingerprint
+from parts.run_log import StepResult, say
+from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.tokenizers import Tokenizer, stream_text
+from parts.training import report_validation, start_run, what_is_due
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -57,15 +59,6 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script's flags, each documented next to its default."""
-    count = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
-    length = cli.number(int, lambda n: n >= 2, "a whole number of at least 2")
-    batches = cli.number(
-        int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
-    )
-    temperature = cli.number(float, lambda t: t >= 0, "a number of at least 0")
-    rate = cli.number(float, lambda r: r > 0, "a number above 0")
-    seed = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
-
     parser = cli.Parser(__doc__)
     add = parser.add_argument_group("what to do (at least one)").add_argument
     add("--train", action="store_true", help="train adapters")
@@ -83,79 +76,34 @@ def build_parser() -> argparse.ArgumentParser:
         help="type to compute in; auto is float32 on a CPU and bfloat16 on a GPU, but float16 to "
         "generate on an M1 or M2",
     )
-    add("--seed", type=seed, default=0, help="seed of all random numbers")
+    add("--seed", type=SEED, default=0, help="seed of all random numbers")
 
     add = parser.add_argument_group("training").add_argument
     add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
-    add("--lora-layers", type=count, default=16, help="layers to adapt, from the top")
-    add("--batch-size", type=count, default=4, help="sequences a step, on all ranks")
-    add("--iters", type=count, default=1000, help="steps to train in all")
-    add("--learning-rate", type=rate, default=1e-5, help="Adam's learning rate")
+    add("--lora-layers", type=COUNT, default=16, help="layers to adapt, from the top")
+    add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
+    add("--iters", type=COUNT, default=1000, help="steps to train in all")
+    add("--learning-rate", type=RATE, default=1e-5, help="Adam's learning rate")
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
-    add("--max-seq-length", type=length, default=2048, help="tokens of a text at most")
+    add("--max-seq-length", type=LENGTH, default=2048, help="tokens of a text at most")
     add(
         "--resume-adapter-file",
         help="adapters to go on from: where they were saved, or as the start of a new run if no "
         "state lies beside them",
     )
-    add("--steps-per-report", type=count, default=10, help="steps between two reports")
-    add("--steps-per-eval", type=count, default=200, help="steps between two validations")
-    add("--save-every", type=count, default=100, help="steps between two saves")
+    add("--steps-per-report", type=COUNT, default=10, help="steps between two reports")
+    add("--steps-per-eval", type=COUNT, default=200, help="steps between two validations")
+    add("--save-every", type=COUNT, default=100, help="steps between two saves")
 
     add = parser.add_argument_group("evaluation").add_argument
-    add("--val-batches", type=batches, default=25, help="batches a validation, -1: all")
-    add("--test-batches", type=batches, default=500, help="batches of the test, -1: all")
+    add("--val-batches", type=BATCHES, default=25, help="batches a validation, -1: all")
+    add("--test-batches", type=BATCHES, default=500, help="batches of the test, -1: all")
 
     add = parser.add_argument_group("generation").add_argument
-    add("--num-tokens", "-n", type=count, default=100, help="tokens to generate at most")
-    add("--write-every", type=count, default=1, help="tokens between two writes")
-    add("--temp", type=temperature, default=0.8, help="sampling temperature, 0: greedy")
+    add("--num-tokens", "-n", type=COUNT, default=100, help="tokens to generate at most")
+    add("--write-every", type=COUNT, default=1, help="tokens between two writes")
+    add("--temp", type=TEMPERATURE, default=0.8, help="sampling temperature, 0: greedy")
     return parser
-
-
-def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:
-    """Find what cannot work before anything is loaded, and read the prompt from `-`.
-
-    n_ranks: processes of this run. writes: whether this is the one that reads and writes files.
-    Raises ValueError or FileNotFoundError.
-    """
-    if not (args.train or args.test or args.prompt is not None):
-        raise ValueError("nothing to do: give --train, --test or --prompt")
-    if args.batch_size % n_ranks:
-        raise ValueError(
-            f"--batch-size {args.batch_size} is the batch of all {n_ranks} ranks: give a multiple"
-        )
-    if args.prompt == "-" and n_ranks > 1:
-        raise ValueError("--prompt - never ends under a launcher: give the text itself")
-    if args.prompt == "-":
-        if sys.stdin is None:
-            raise ValueError("--prompt - reads standard input, which is closed")
-        args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
-    if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
-        raise ValueError("--prompt is not valid UTF-8")
-    if args.train and args.no_adapter:
-        raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
-    if args.resume_adapter_file is not None and not args.train:
-        raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
-    if not writes:
-        return
-    if args.train:
-        adapters.check_replaceable(Path(args.adapter_file))
-    adapter = adapter_to_load(args)
-    if adapter is not None and not Path(adapter).is_file():
-        raise FileNotFoundError(
-            f"there is no adapter file {adapter}{did_you_mean(adapter)}: make one with --train, "
-            "or give --no-adapter for the base model alone"
-        )
-    if adapter is not None:
-        adapters.check_adapter(adapter)
-
-
-def adapter_to_load(args: argparse.Namespace) -> str | None:
-    """Return the adapter file that this run starts from; None for the base model alone."""
-    if args.train:
-        return args.resume_adapter_file
-    return None if args.no_adapter else args.adapter_file
 
 
 # -------------------------------------------------------------------------------------------------
@@ -403,7 +351,7 @@ def train(
     FloatingPointError when training has broken down; RuntimeError when the device fails.
     """
     streams = device.open_streams(args.batch_size // ranks.size, ranks.local_size)
-    state, log = start_run(model, train_set, optimizer, tokenizer, args, ranks)
+    state, log = start_run(model, train_set.encode(tokenizer), optimizer, args, ranks)
     meter, done = state.meter, state.meter.iteration
     step = make_step(model, optimizer, loss, streams, ranks)
     batches = iterate_batches(
@@ -458,74 +406,6 @@ def train(
     interrupts.check(meter.iteration)
     model.grad_checkpoint = False
     say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
-
-
-def start_run(
-    model: Model,
-    train_set: Dataset,
-    optimizer: optim.Optimizer,
-    tokenizer: Tokenizer,
-    args: argparse.Namespace,
-    ranks: Ranks,
-) -> tuple[RunState, TrainingLog]:
-    """Return the state and the log of a new run, or of the one that `args` resumes, which is put
-    into model and optimizer. Prepare the model for training. Raises what `RunState.resume` does.
-    """
-    fingerprint = run_fingerprint(train_set.encode(tokenizer), vars(model.args), args)
-    state = RunState(model, optimizer, Meter(), fingerprint, args.adapter_file, ranks)
-    if args.resume_adapter_file is not None:
-        state.resume(args.resume_adapter_file, args.iters)
-    done = state.meter.iteration
-    entries = read_log(args.resume_adapter_file, done) if done else []
-    log = TrainingLog(args.adapter_file, entries, writes=ranks.rank == 0)
-    model.train()
-    model.grad_checkpoint = args.grad_checkpoint
-    mx.reset_peak_memory()
-    if done == args.iters:  # nothing is left to train: write what was asked for
-        state.save()
-    return state, log
-
-
-class Due(NamedTuple):
-    """What is to be done after a step."""
-
-    report: bool
-    validate: bool
-    save: bool
-
-
-def what_is_due(iteration: int, args: argparse.Namespace, stopping: bool = False) -> Due:
-    """Return what is to be done after this iteration, which is the last if the run is `stopping`.
-
-    The last is reported and saved. It is validated where all iterations are done.
-    """
-    last = iteration == args.iters or stopping
-    return Due(
-        report=iteration % args.steps_per_report == 0 or last,
-        validate=iteration % args.steps_per_eval == 0 or iteration == args.iters > 1,
-        save=iteration % args.save_every == 0 or last,
-    )
-
-
-def report_validation(
-    compute: Callable[[], float | None],
-    log: TrainingLog,
-    interrupts: Interrupts,
-    ranks: Ranks,
-    iteration: int,
-) -> None:
-    """Report and log the validation loss that `compute` returns. Where it returns None, since a
-    rank has caught a signal, all stop.
-    """
-    start = time.perf_counter()
-    value = compute()
-    if value is None:
-        interrupts.stopping = True
-        return
-    say(f"Iter {iteration}: Val loss {value:.3f}, Val took {time.perf_counter() - start:.3f}s")
-    if math.isfinite(value):
-        log.add(iteration, val_loss=value)
-    ranks.sum_values(0)  # the others wait here, and not in a step, for rank 0, which draws
 
 
 # -------------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ tokenizers        SentencePiece models; text as a stream
 records           a line of JSONL to a text
 batches           rows of token ids to arrays of few lengths
 
+flags             lora.py's command line: numbers, and what cannot be given together
+training          what a training does around its steps
 adapters          the adapter file: read, check, write
 save_and_resume   crash-safe save and resume
 run_log           steps and seconds, lines and summaries, the log file, the plot

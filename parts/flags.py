@@ -1,0 +1,63 @@
+"""lora.py's command line: the numbers that flags take, and what cannot be given together."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from parts import adapters, cli
+from parts.cli import did_you_mean
+from parts.files import decode_text
+
+COUNT = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
+LENGTH = cli.number(int, lambda n: n >= 2, "a whole number of at least 2")
+BATCHES = cli.number(
+    int, lambda n: n == -1 or n >= 1, "a whole number of at least 1, or -1 for all"
+)
+TEMPERATURE = cli.number(float, lambda t: t >= 0, "a number of at least 0")
+RATE = cli.number(float, lambda r: r > 0, "a number above 0")
+SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:
+    """Find what cannot work before anything is loaded, and read the prompt from `-`.
+
+    n_ranks: processes of this run. writes: whether this is the one that reads and writes files.
+    Raises ValueError or FileNotFoundError.
+    """
+    if not (args.train or args.test or args.prompt is not None):
+        raise ValueError("nothing to do: give --train, --test or --prompt")
+    if args.batch_size % n_ranks:
+        raise ValueError(
+            f"--batch-size {args.batch_size} is the batch of all {n_ranks} ranks: give a multiple"
+        )
+    if args.prompt == "-" and n_ranks > 1:
+        raise ValueError("--prompt - never ends under a launcher: give the text itself")
+    if args.prompt == "-":
+        if sys.stdin is None:
+            raise ValueError("--prompt - reads standard input, which is closed")
+        args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
+    if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
+        raise ValueError("--prompt is not valid UTF-8")
+    if args.train and args.no_adapter:
+        raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")
+    if args.resume_adapter_file is not None and not args.train:
+        raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
+    if not writes:
+        return
+    if args.train:
+        adapters.check_replaceable(Path(args.adapter_file))
+    adapter = adapter_to_load(args)
+    if adapter is not None and not Path(adapter).is_file():
+        raise FileNotFoundError(
+            f"there is no adapter file {adapter}{did_you_mean(adapter)}: make one with --train, "
+            "or give --no-adapter for the base model alone"
+        )
+    if adapter is not None:
+        adapters.check_adapter(adapter)
+
+
+def adapter_to_load(args: argparse.Namespace) -> str | None:
+    """Return the adapter file that this run starts from; None for the base model alone."""
+    if args.train:
+        return args.resume_adapter_file
+    return None if args.no_adapter else args.adapter_file
