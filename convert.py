@@ -145,6 +145,8 @@ def complete(params: dict, tensors: Shards) -> dict:
     }
     config = {}
     for name, kind in ModelArgs.__annotations__.items():
+        if name not in model_folder.PARAMS:
+            continue
         try:
             value = params[name] if name in params else implied[name]()
         except (KeyError, TypeError, ZeroDivisionError, IndexError) as error:

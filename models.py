@@ -1,4 +1,4 @@
-"""The network of Llama 1, Llama 2 and Mistral, with LoRA adapters for its linear layers.
+"""The network of Llama, Mistral and Qwen, with LoRA adapters for its linear layers.
 
 Attributes are named as in Meta's checkpoints, so that the module's parameter paths are the keys of
 `weights.npz` (`layers.0.attention.wq.weight`, ...).
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import ops
 from parts.kv_cache import KVCache
+from parts.rope import Rope, make_rope
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,17 +38,53 @@ class ModelArgs:
     norm_eps: float
     vocab_size: int
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None  # as in config.json: {"rope_type": "llama3", "factor": 8, ...}
+    sliding_window: int | None = None  # positions that a query sees, its own included
+    attention_bias: bool = False  # wq, wk and wv have biases
+    qk_norm: bool = False  # each head of queries and keys is normalised
+    tie_word_embeddings: bool = False  # the embedding is the output projection, too
+    model_type: str = "llama"  # or mistral, qwen2, qwen3
+    max_position_embeddings: int | None = None  # the context length
+    bos_id: int | None = None  # of the token that begins a text
+    eos_ids: list[int] | None = None  # of those that end it
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value, limit = getattr(self, field.name), 1000 if field.name == "n_layers" else 2**31
-            kinds = int if field.type is int else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < limit:
+            value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
+            if not is_possible(field.name, field.type, value):
                 raise ValueError(f"{field.name} is {value!r}")
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd")
+        for token in (self.bos_id, *(self.eos_ids or ())):
+            if token is not None and token >= self.vocab_size:
+                raise ValueError(f"token {token} is beyond vocab_size {self.vocab_size}")
+        _ = self.rope  # which checks what describes it
+
+    @property
+    def rope(self) -> Rope:
+        """What decides the angles of rotary positions."""
+        context = self.max_position_embeddings
+        return make_rope(self.head_dim, self.rope_theta, self.rope_scaling, context)
+
+
+def is_possible(name: str, kind: object, value: object) -> bool:
+    """Whether `value` may be that field of `ModelArgs`, of this type."""
+    if kind in (bool, str):
+        return isinstance(value, kind)
+    if name == "rope_scaling":
+        return isinstance(value, dict)
+    if name == "eos_ids":
+        return isinstance(value, list) and all(is_possible("bos_id", int, i) for i in value)
+    smallest = 0 if name == "bos_id" else 1
+    numbers = (int, float) if kind is float else int
+    if isinstance(value, bool) or not isinstance(value, numbers):
+        return False
+    limit = 1000 if name == "n_layers" else 2**31
+    return 0 < value < limit if kind is float else smallest <= value < limit
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -56,14 +93,17 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., input_dims) to (..., output_dims)."""
         weights = self.weight, self.scales, self.biases
-        return ops.quantized_matmul(x, *weights, self.group_size, self.bits)
+        y = ops.quantized_matmul(x, *weights, self.group_size, self.bits)
+        return y + self.bias if "bias" in self else y
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` without a bias; `nn.quantize` makes it a `QuantizedLinear` of this file."""
+    """`nn.Linear`, by default without a bias; `nn.quantize` makes it a `QuantizedLinear` of this
+    file.
+    """
 
-    def __init__(self, input_dims: int, output_dims: int):
-        super().__init__(input_dims, output_dims, bias=False)
+    def __init__(self, input_dims: int, output_dims: int, bias: bool = False):
+        super().__init__(input_dims, output_dims, bias)
 
     def to_quantized(self, group_size: int, bits: int, **_) -> QuantizedLinear:
         """The layer with weights of `bits` bits; `group_size` neighbours of a row share a scale."""
@@ -139,20 +179,30 @@ class Attention(nn.Module):
     """Causal attention over grouped heads (Ainslie et al., "GQA", 2023) with rotary positions.
 
     RoPE (Su et al., 2021) rotates neighbouring pairs of channels, the "traditional" kind, which is
-    how Meta's checkpoints store the rows of wq and wk.
+    how Meta's checkpoints store the rows of wq and wk. Mistral has a sliding window (Jiang et al.,
+    2023), Qwen 2 biases, Qwen 3 norms of queries and keys (Henry et al., 2020).
     """
 
     def __init__(self, args: ModelArgs):
         super().__init__()
+        self.args = args
         self.n_heads = args.n_heads
         self.n_kv_heads = args.n_kv_heads
         self.head_dim = args.head_dim
         self.scale = args.head_dim**-0.5
-        self.rope_theta = args.rope_theta
-        self.wq = Linear(args.dim, args.n_heads * args.head_dim)
-        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim)
-        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim)
+        self.window = args.sliding_window
+        self.wq = Linear(args.dim, args.n_heads * args.head_dim, args.attention_bias)
+        self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, args.attention_bias)
+        self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, args.attention_bias)
         self.wo = Linear(args.n_heads * args.head_dim, args.dim)
+        if args.qk_norm:
+            self.q_norm = RMSNorm(args.head_dim, args.norm_eps)
+            self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
+
+    @property
+    def rope(self) -> Rope:
+        """What decides the angles of rotary positions."""
+        return self.args.rope
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
         """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
@@ -162,8 +212,9 @@ class Attention(nn.Module):
             layer(x).reshape(*x.shape[:2], -1, self.head_dim)
             for layer in (self.wq, self.wk, self.wv)
         )
+        queries, keys = self.normed(queries, keys)
         queries, keys = (
-            ops.rope(heads, offset, self.rope_theta, self.training) for heads in (queries, keys)
+            ops.rope(heads, offset, self.rope, self.training) for heads in (queries, keys)
         )
         queries, keys, values = (heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
@@ -172,8 +223,14 @@ class Attention(nn.Module):
         else:
             cache = cache.copy()  # the caller's stays as it is
             cache.update(keys, values)
-        out = ops.attention(queries, *cache.filled(), self.scale)
+        out = ops.attention(queries, *cache.filled(), self.scale, self.window)
         return self.wo(out.transpose(0, 2, 1, 3).flatten(-2)), cache
+
+    def normed(self, queries: mx.array, keys: mx.array) -> tuple[mx.array, mx.array]:
+        """Both (..., heads, head_dim) as the model's norms make them, if it has any."""
+        if "q_norm" not in self:
+            return queries, keys
+        return self.q_norm(queries), self.k_norm(keys)
 
 
 class FeedForward(nn.Module):
@@ -218,7 +275,18 @@ class Model(nn.Module):
         self.tok_embeddings = nn.Embedding(args.vocab_size, args.dim)
         self.layers = [TransformerBlock(args) for _ in range(args.n_layers)]
         self.norm = RMSNorm(args.dim, args.norm_eps)
-        self.output = Linear(args.dim, args.vocab_size)
+        if not args.tie_word_embeddings:
+            self.output = Linear(args.dim, args.vocab_size)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The module whose `weight` is the output projection: the embedding where they are tied."""
+        return self.output if "output" in self else self.tok_embeddings
+
+    @property
+    def output_weight(self) -> mx.array:
+        """The output projection (V, D), which is never quantized."""
+        return self.output_layer.weight
 
     def __call__(
         self, inputs: mx.array, cache: list[KVCache] | None = None
@@ -228,6 +296,13 @@ class Model(nn.Module):
         inputs: (B, L) integer token ids, the positions after those in `cache`, which stays as it
         is. Returns logits (B, L, V) in the dtype of the weights, and a new cache, an entry a layer.
         """
+        x, cache = self.hidden(inputs, cache)
+        return x @ self.output_weight.T, cache
+
+    def hidden(
+        self, inputs: mx.array, cache: list[KVCache] | None = None
+    ) -> tuple[mx.array, list[KVCache]]:
+        """What `__call__` computes but for the output projection: x (B, L, D), normalised."""
         x = self.tok_embeddings(inputs)  # (B, L, D)
         cache = cache or [None] * len(self.layers)
         new_cache = []
@@ -235,7 +310,7 @@ class Model(nn.Module):
             run = nn.utils.checkpoint(layer) if self.grad_checkpoint else layer
             x, layer_cache = run(x, layer_cache)
             new_cache.append(layer_cache)
-        return self.output(self.norm(x)), new_cache
+        return self.norm(x), new_cache
 
 
 def quantizable(name: str, module: nn.Module) -> bool:

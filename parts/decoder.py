@@ -94,7 +94,7 @@ class Decoder:
         self.caches = [cache.contiguous() for cache in caches]
         self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
         self.embed, self.norm = model.tok_embeddings, model.norm
-        self.output = MergedLinear(model.output)
+        self.output = MergedLinear(model.output_layer)
         self.run_layers = kernel_layers(model) or separate_layers(model)
 
     def __call__(self, token: mx.array) -> mx.array:
@@ -124,7 +124,8 @@ def separate_layers(model: nn.Module) -> Callable:
         for layer, (before, after), cache in zip(model.layers, pieces, caches, strict=True):
             queries, keys, values = before(x, position)
             cache.update(keys, values)
-            attended = ops.attention(queries, *cache.filled(), layer.attention.scale)
+            attention = layer.attention
+            attended = ops.attention(queries, *cache.filled(), attention.scale, attention.window)
             x = after(x, attended)
         return x
 
@@ -142,7 +143,10 @@ def before_attention(layer: nn.Module) -> Callable:
     def before(x: mx.array, position: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
         heads = wqkv(layer.attention_norm(x)).reshape(1, 1, -1, attention.head_dim)
         rotated, values = mx.split(heads, [n_heads + n_kv_heads], axis=2)
-        rotated = ops.rope(rotated, position, attention.rope_theta)
+        if "q_norm" in attention:
+            queries, keys = mx.split(rotated, [n_heads], axis=2)
+            rotated = mx.concatenate(attention.normed(queries, keys), axis=2)
+        rotated = ops.rope(rotated, position, attention.rope)
         queries, keys = mx.split(rotated, [n_heads], axis=2)
         return tuple(heads.swapaxes(1, 2) for heads in (queries, keys, values))
 

@@ -7,7 +7,7 @@ import numpy as np
 from parts import device, nvrtc
 from parts.kv_cache import KVCache
 from parts.merged_linear import base_linear, stack_lora
-from parts.rope import frequency_table
+from parts.rope import amplitude, frequency_table
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -27,9 +27,11 @@ def linear_layers(layer: nn.Module) -> tuple[nn.Module, ...]:
 
 def kernel_constants(model: nn.Module) -> dict[str, object] | None:
     """The macros of the kernel's source for this model. Returns None where the model has weights of
-    several kinds, or LoRA after attention.
+    several kinds, LoRA after attention, or what the kernel does not compute.
     """
     args, dtype = model.args, model.norm.weight.dtype
+    if args.attention_bias or args.qk_norm or args.sliding_window or amplitude(args.rope) != 1:
+        return None
     linears = [base_linear(linear) for layer in model.layers for linear in linear_layers(layer)]
     kinds = {
         (getattr(m, "bits", 0), getattr(m, "group_size", 1), getattr(m, "scales", m.weight).dtype)
@@ -93,7 +95,7 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     n_multiprocessors = nvrtc.attribute(nvrtc.MULTIPROCESSORS)
     args, dtype = model.args, model.norm.weight.dtype
     layers = [kernel_inputs(layer) for layer in model.layers]
-    frequencies = frequency_table(args.head_dim, args.rope_theta)
+    frequencies = frequency_table(args.rope)
     barrier = mx.zeros(64, mx.uint64)  # one would lie in memory that MLX shares with the processor
     mx.eval(layers, frequencies, barrier)
     n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim

@@ -54,20 +54,32 @@ class MergedLinear:
         self.multiply = product_of(linears[0])
         dtype = self.weights[0][-1].dtype
         self.lora = [matrix.astype(dtype) for matrix in stack_lora(layers, ends)]
-        mx.eval(self.lora)
+        self.bias = stack_biases(linears)
+        mx.eval(self.lora, self.bias)
 
     def __call__(self, x: mx.array) -> mx.array:
         products = [self.multiply(x, *weights) for weights in self.weights]
         y = mx.concatenate(products, axis=-1)
+        if self.bias is not None:
+            y = y + self.bias
         if self.lora:
             inputs, outputs = self.lora
             y = mx.addmm(y, x @ inputs, outputs)
         return y
 
 
+def stack_biases(linears: list[nn.Module]) -> mx.array | None:
+    """The biases of all outputs; None where no layer has one."""
+    dtypes = [linear.bias.dtype for linear in linears if "bias" in linear]
+    if not dtypes:
+        return None
+    blank = [mx.zeros(len(linear.weight), dtypes[0]) for linear in linears]
+    return mx.concatenate([m.get("bias", zeros) for m, zeros in zip(linears, blank, strict=True)])
+
+
 def weight_names(linear: nn.Module) -> list[str]:
-    """`weight`, and for a quantized layer `scales` and `biases` after it."""
-    return list(linear.parameters())
+    """`weight`, and for a quantized layer `scales` and `biases` after it; never `bias`."""
+    return [name for name in linear.parameters() if name != "bias"]
 
 
 def separate_weights(linears: list[nn.Module]) -> list[list[mx.array]]:

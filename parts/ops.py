@@ -5,8 +5,12 @@ kernel of CUDA (ops_cuda) or MLX's own computes it. All forms agree, and have gr
 """
 
 import math
+from functools import lru_cache
+
+import numpy as np
 
 from parts import device, ops_cpu, ops_cuda
+from parts.rope import Rope, amplitude, wavelength_table
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,18 +55,40 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return form(logits, targets)
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
-    """Scaled dot-product attention. The last query sees all keys, each earlier one a key fewer.
+def attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    window: int | None = None,
+) -> mx.array:
+    """Scaled dot-product attention. The last query sees all keys, each earlier one a key fewer;
+    with a `window`, only so many of the last keys that it would see.
 
     queries: (B, H, L, head_dim); keys and values: (B, K, S, head_dim). Returns the queries' shape.
     """
+    if window is not None:  # drop the keys that no query sees
+        n_seen = queries.shape[2] + window - 1
+        keys, values = keys[:, :, -n_seen:], values[:, :, -n_seen:]
+    length, n_keys = queries.shape[2], keys.shape[2]
     if device.ON_CPU:
-        return ops_cpu.attention(queries, keys, values, scale)
-    mask = "causal" if queries.shape[2] > 1 else None
+        return ops_cpu.attention(queries, keys, values, scale, window)
+    mask = "causal" if length > 1 else None
+    if mask and window is not None and window < n_keys:
+        mask = window_mask(length, n_keys, window)
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
-def rope(x: mx.array, offset: int | mx.array, theta: float, training: bool = False) -> mx.array:
+@lru_cache(maxsize=4)  # what the layers have in common
+def window_mask(length: int, n_keys: int, window: int) -> mx.array:
+    """Which keys (length, n_keys) each of the last `length` positions sees: the `window` last up to
+    its own.
+    """
+    ages = np.arange(n_keys - length, n_keys)[:, None] - np.arange(n_keys)
+    return mx.array((ages >= 0) & (ages < window))
+
+
+def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False) -> mx.array:
     """Rotate each pair of neighbouring channels by an angle that grows with the position.
 
     x: (B, L, heads, head_dim), the positions from `offset` on, which for one position may be an
@@ -70,12 +96,17 @@ def rope(x: mx.array, offset: int | mx.array, theta: float, training: bool = Fal
     """
     batch, length, heads, head_dim = x.shape
     if device.ON_CPU:
-        return ops_cpu.rope(x, offset, theta)
+        return ops_cpu.rope(x, offset, rope)
+    factor = amplitude(rope)
+    if factor != 1:
+        x = x * factor
     if training and ops_cuda.has_kernels(x):
-        return ops_cuda.rope(x, offset, theta)
+        return ops_cuda.rope(x, offset, rope)
     if length > 1:  # one for each row: MLX then takes x as it lies
         offset = mx.tile(mx.arange(offset, offset + length), batch)
-    options = {"traditional": True, "base": theta, "scale": 1.0, "offset": offset}
+    options = {"traditional": True, "base": rope.theta, "scale": 1.0, "offset": offset}
+    if rope.scaling:
+        options.update(base=None, freqs=wavelength_table(rope))
     return mx.fast.rope(x.reshape(-1, heads, 1, head_dim), head_dim, **options).reshape(x.shape)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.rope import cos_sin, rotate_half_matrix
+from parts.rope import Rope, cos_sin, rotate_half_matrix
 
 import mlx.core as mx
 
@@ -109,7 +109,9 @@ def cross_entropy_vjp(
 # Attention
 
 
-def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float) -> mx.array:
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, window: int | None = None
+) -> mx.array:
     """See `ops.attention`. In blocks of queries, so that keys which no query sees cost nothing."""
     batch, n_heads, length, head_dim = queries.shape
     n_kv_heads, n_positions = keys.shape[1:3]
@@ -117,23 +119,30 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, scale: float)
     for start in range(0, length, QUERY_BLOCK):
         block = queries[:, :, start : start + QUERY_BLOCK] * scale
         n = block.shape[2]
-        n_keys = n_positions - length + start + n
+        # The keys that the block's queries see.
+        end = n_positions - length + start + n
+        seen = slice(0 if window is None else max(0, end - n - window + 1), end)
+        n_keys = end - seen.start
         # The queries that share a key head are one matrix: (B, K, H / K * n, head_dim).
         block = block.reshape(batch, n_kv_heads, -1, head_dim)
-        mask = causal_mask(n, n_keys, n_heads // n_kv_heads, block.dtype)
-        out, *_ = masked_attention(block, keys[:, :, :n_keys], values[:, :, :n_keys], mask)
+        hides = window if window is not None and window < n_keys else None
+        mask = causal_mask(n, n_keys, n_heads // n_kv_heads, block.dtype, hides)
+        out, *_ = masked_attention(block, keys[:, :, seen], values[:, :, seen], mask)
         blocks.append(out.reshape(batch, n_heads, n, head_dim))
     return mx.concatenate(blocks, axis=2)
 
 
 @lru_cache(maxsize=16)  # what the layers have in common
-def causal_mask(n: int, n_keys: int, group_size: int, dtype: mx.Dtype) -> mx.array:
+def causal_mask(
+    n: int, n_keys: int, group_size: int, dtype: mx.Dtype, window: int | None = None
+) -> mx.array:
     """What to add to the scores of the last `n` of `n_keys` positions, for each of the
     `group_size` heads that share a key head: (group_size * n, n_keys) of zeros, and of minus
-    infinity where keys come later.
+    infinity where keys come later, or are not among the `window` last ones.
     """
-    is_later = np.arange(n_keys) > np.arange(n_keys - n, n_keys)[:, None]
-    return mx.array(np.tile(np.where(is_later, -np.inf, 0), (group_size, 1)), dtype)
+    ages = np.arange(n_keys - n, n_keys)[:, None] - np.arange(n_keys)
+    hidden = (ages < 0) | (ages >= (n_keys if window is None else window))
+    return mx.array(np.tile(np.where(hidden, -np.inf, 0), (group_size, 1)), dtype)
 
 
 @mx.custom_function
@@ -172,10 +181,9 @@ def masked_attention_vjp(
 # Rotary positions
 
 
-def rope(x: mx.array, offset: int, theta: float) -> mx.array:
+def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
     """See `ops.rope`."""
-    _, length, _, head_dim = x.shape
-    tables = cos_sin(offset, length, head_dim, theta)
+    tables = cos_sin(offset, x.shape[1], rope)
     return rotate(x, *(table.astype(x.dtype) for table in tables))
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 
 from parts import device, nvrtc
-from parts.rope import frequency_table
+from parts.rope import Rope, frequency_table
 
 import mlx.core as mx
 
@@ -66,10 +66,10 @@ def rms_norm_residual(x: mx.array, weight: mx.array, eps: float) -> tuple[mx.arr
     return both(x)
 
 
-def rope(x: mx.array, offset: int, theta: float) -> mx.array:
-    """See `ops.rope`; for training."""
+def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
+    """See `ops.rope`, which applies the amplitude; for training."""
     _, length, heads, head_dim = x.shape
-    frequencies = frequency_table(head_dim, theta)
+    frequencies = frequency_table(rope)
 
     def rotate(x: mx.array, direction: int) -> mx.array:
         sizes = length, heads, head_dim, offset, direction

@@ -67,8 +67,10 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
 
 def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
     """Raise ValueError, which names the difference, where the state in `path` is of another run."""
+    params = {**fingerprint["params.json"], **saved.get("params.json", {})}
+    saved = {**saved, "params.json": params}  # an older state does not tell all
     for name, value in fingerprint.items():
-        if saved.get(name, value) != value:  # an older state does not tell all
+        if saved.get(name, value) != value:
             was = f" ({saved.get(name)} then)" if name.startswith("--") else ""
             raise ValueError(f"{name} is not that of the run in {path}{was}; {instead_of(path)}")
 
