@@ -219,7 +219,7 @@ class Attention(nn.Module):
         queries, keys, values = (heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
         if cache is None:
-            cache = KVCache(keys, values)
+            cache = KVCache(keys, values, self.window)
         else:
             cache = cache.copy()  # the caller's stays as it is
             cache.update(keys, values)

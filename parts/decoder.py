@@ -90,7 +90,7 @@ class Decoder:
     def __init__(self, model: nn.Module, caches: list[KVCache] | None = None):
         args, dtype = model.args, model.norm.weight.dtype
         blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype)
-        caches = caches or [KVCache(blank, blank)] * args.n_layers
+        caches = caches or [KVCache(blank, blank, args.sliding_window)] * args.n_layers
         self.caches = [cache.contiguous() for cache in caches]
         self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
         self.embed, self.norm = model.tok_embeddings, model.norm
@@ -99,11 +99,10 @@ class Decoder:
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token after `token`, (1, 1) integer."""
-        offset = self.caches[0].offset
-        if offset == self.caches[0].capacity:
+        if self.caches[0].n_filled == self.caches[0].capacity:
             mx.eval(self.last)  # and with it all that writes in place what is copied here
             for cache in self.caches:
-                cache.grow(offset + 1)
+                cache.grow(1)
         self.last = self.run_layers(self.embed(token), self.caches)  # (1, 1, D)
         return self.output(self.norm(self.last))[:, -1]
 

@@ -1,4 +1,4 @@
-"""The key-value cache of one layer."""
+"""The keys and values of the positions so far, which attention looks at again."""
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 
@@ -10,18 +10,28 @@ STEP = 512  # positions by which a cache grows
 class KVCache:
     """The keys and values of a layer for the positions so far, with room for more.
 
-    `keys` and `values` are (B, K, capacity, head_dim): B rows of a batch, K key-value heads. The
-    first `offset` positions are filled.
+    `keys` and `values` are (B, K, capacity, head_dim): B rows of a batch, K key-value heads.
+    `offset` is the next position. The arrays begin with that of position `start`, and so the first
+    `offset - start` places are filled. With a sliding window, positions that no later query sees
+    are dropped whenever the cache grows, and so it stays below window + 2 STEP + an update.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array):
-        """A cache of these positions (B, K, L, head_dim), full."""
-        self.keys, self.values, self.offset = keys, values, keys.shape[2]
+    def __init__(self, keys: mx.array, values: mx.array, window: int | None = None):
+        """A cache of these positions (B, K, L, head_dim), full. window: the positions that a query
+        sees, its own included; None where it sees all.
+        """
+        self.keys, self.values, self.window = keys, values, window
+        self.start, self.offset = 0, keys.shape[2]
 
     @property
     def capacity(self) -> int:
         """The positions that the arrays hold, filled or not."""
         return self.keys.shape[2]
+
+    @property
+    def n_filled(self) -> int:
+        """The positions whose keys and values are there."""
+        return self.offset - self.start
 
     @property
     def state(self) -> list[mx.array]:
@@ -30,35 +40,45 @@ class KVCache:
 
     def copy(self) -> "KVCache":
         """A cache of the same positions; updates of one leave the other as it is."""
-        cache = KVCache(self.keys[...], self.values[...])
-        cache.offset = self.offset
-        return cache
+        return self._with_arrays(self.keys[...], self.values[...])
 
     def contiguous(self) -> "KVCache":
         """A copy whose arrays lie in row-major order, as the decoder's kernel needs."""
-        cache = KVCache(mx.contiguous(self.keys), mx.contiguous(self.values))
-        cache.offset = self.offset
+        return self._with_arrays(mx.contiguous(self.keys), mx.contiguous(self.values))
+
+    def _with_arrays(self, keys: mx.array, values: mx.array) -> "KVCache":
+        cache = KVCache(keys, values, self.window)
+        cache.start, cache.offset = self.start, self.offset
         return cache
 
-    def grow(self, length: int) -> None:
-        """Make room for `length` positions, rounded up to a multiple of `STEP`."""
-        self.keys, self.values = (self._padded(array, length) for array in self.state)
+    def grow(self, n: int) -> None:
+        """Make room for `n` more positions, up to a multiple of `STEP` in all. Drop those that no
+        later query sees.
+        """
+        n_kept = self.n_filled if self.window is None else min(self.n_filled, self.window - 1)
+        n_dropped = self.n_filled - n_kept
+        room = max(n, STEP) if n_dropped else n  # else it would soon be full again
+        room = -(-(n_kept + room) // STEP) * STEP - n_kept
+        self.keys, self.values = (
+            self._moved(array, n_dropped, room) for array in (self.keys, self.values)
+        )
+        self.start += n_dropped
 
-    def _padded(self, array: mx.array, length: int) -> mx.array:
+    def _moved(self, array: mx.array, n_dropped: int, room: int) -> mx.array:
         batch, n_kv_heads, _, head_dim = array.shape
-        room = -(-length // STEP) * STEP - self.offset
         blank = mx.zeros((batch, n_kv_heads, room, head_dim), array.dtype)
-        return mx.concatenate([array[:, :, : self.offset], blank], axis=2)
+        return mx.concatenate([array[:, :, n_dropped : self.n_filled], blank], axis=2)
 
     def update(self, keys: mx.array, values: mx.array) -> None:
         """Append the keys and values (B, K, L, head_dim) of new positions, in place."""
-        start, end = self.offset, self.offset + keys.shape[2]
-        if end > self.capacity:
-            self.grow(end)
-        self.keys[:, :, start:end] = keys
-        self.values[:, :, start:end] = values
-        self.offset = end
+        n = keys.shape[2]
+        if self.n_filled + n > self.capacity:
+            self.grow(n)
+        places = slice(self.n_filled, self.n_filled + n)
+        self.keys[:, :, places] = keys
+        self.values[:, :, places] = values
+        self.offset += n
 
     def filled(self) -> tuple[mx.array, mx.array]:
-        """The keys and values (B, K, offset, head_dim) of the positions so far."""
-        return self.keys[:, :, : self.offset], self.values[:, :, : self.offset]
+        """The keys and values (B, K, n_filled, head_dim) of the positions from `start` on."""
+        return self.keys[:, :, : self.n_filled], self.values[:, :, : self.n_filled]

@@ -58,8 +58,8 @@ def make_rope(head_dim: int, theta: float, scaling: dict | None, context: int | 
     used = {"rope_type": kind}
     for name in NEEDED[kind] + OPTIONAL.get(kind, ()):
         value = values.get(name)
-        if value is None and name not in NEEDED[kind]:
-            continue
+        if name not in NEEDED[kind] and not value and value is not False:
+            continue  # none, or zero, is the default
         is_number = isinstance(value, (int, float)) and 0 < value < math.inf
         if not (is_number or (name == "truncate" and value is False)):
             raise ValueError(f"{name} of rope_scaling ({kind}) is {value!r}")
