@@ -1,52 +1,361 @@
-"""Text to token ids and back: the reader of SentencePiece models, and text as a stream."""
+"""Text to token ids and back, whichever file a model's tokenizer is; and text as a stream.
 
-import itertools
-from collections.abc import Iterator
+tokenizer.model   a SentencePiece model (Llama 1 and 2, Mistral to v3, Yi); tokens that were added
+                  later stand beside it, in added_tokens.json
+tokenizer.json    Hugging Face's (Llama 3, Tekken, Qwen), read by the package `tokenizers`
+
+Special tokens, such as `</s>` or `<|im_end|>`, are no text: decoding leaves them out, and a text
+that names one is encoded as the characters that it is, unless it is asked to be read as the token.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
-from parts.files import check_content
+from parts.files import check_content, read_json
+
+FILES = ("tokenizer.model", "tokenizer.json")  # of which a model's folder has one
+# What ends a text, where nothing beside a tokenizer.json says so.
+END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
+# A character that is part of no token: text after it is not at the beginning.
+GUARD = chr(0x10FFFD)
 
 
 class Tokenizer:
-    """A SentencePiece model (Kudo and Richardson, 2018) from a `tokenizer.model` file.
+    """The tokenizer of a `tokenizer.model` or `tokenizer.json`: makes the class for that file.
 
-    Raises FileNotFoundError or ValueError when the file is missing, is no SentencePiece model, or
-    lacks the tokens that begin and end a text.
+    bos_id: the token that begins a text, None for none. eos_ids: tokens that end one, of which the
+    first ends the texts of a training. By default what params.json says beside the file, else what
+    the file itself does. special_tokens: whether texts that name special tokens mean these.
+    Raises FileNotFoundError or ValueError when the file is missing or malformed, or lacks a token.
     """
 
-    def __init__(self, model_path: str | Path):
-        if not Path(model_path).is_file():
+    eos_id: int  # the token that ends a text of the training
+    vocab_size: int  # the number of token ids
+
+    def __new__(cls, model_path: str | Path, *arguments, **keywords):
+        if cls is Tokenizer:
+            cls = HuggingFaceTokenizer if Path(model_path).suffix == ".json" else SentencePiece
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[str]:  # for pickle
+        return (str(self.path),)
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        bos_id: int | None = None,
+        eos_ids: Iterable[int] | None = None,
+        special_tokens: bool = False,
+    ):
+        self.path = Path(model_path)
+        if not self.path.is_file():
             raise FileNotFoundError(f"{model_path} is missing: convert the model with convert.py")
         check_content(model_path)
-        try:
-            self._model = SentencePieceProcessor(model_proto=Path(model_path).read_bytes())
-        except RuntimeError as error:
-            raise ValueError(f"{model_path} is not a SentencePiece model: {error}") from error
-        if min(self._model.bos_id(), self.eos_id) < 0:
+        self._open()
+        if eos_ids is None:
+            bos_id, eos_ids = params_ids(self.path.parent) or self._own_ids()
+        ids = [i for i in (bos_id, *eos_ids) if i is not None]
+        if not eos_ids or not all(0 <= i < self.vocab_size for i in ids):
             raise ValueError(f"{model_path} has no token for the beginning or the end of a text")
+        self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], frozenset(eos_ids)
+        self.special_tokens = special_tokens
+        self._hide(ids)
 
-    @property
-    def eos_id(self) -> int:
-        """The id of the token that ends a text."""
-        return self._model.eos_id()
+    def encode(
+        self, s: str, eos: bool = False, bos: bool = True, special_tokens: bool | None = None
+    ) -> list[int]:
+        """Return the token ids of `s`, after the token that begins a text where the model has one;
+        with `eos`, the token that ends one follows. Where special tokens are read, a text that
+        names these two itself gets no second ones.
 
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids."""
-        return self._model.vocab_size()
-
-    def encode(self, s: str, eos: bool = False) -> list[int]:
-        """Return the token ids of `s` after the token that begins a text; with `eos`, the token
-        that ends one follows.
+        special_tokens: whether they are read; by default as the tokenizer was made.
         """
-        ids = [self._model.bos_id(), *self._model.encode(s)]
-        return [*ids, self.eos_id] if eos else ids
+        reads = self.special_tokens if special_tokens is None else special_tokens
+        ids = self._encode(s, reads)
+        if bos and self.bos_id is not None and not (reads and ids[:1] == [self.bos_id]):
+            ids = [self.bos_id, *ids]
+        if eos and not (reads and ids[-1:] == [self.eos_id]):
+            ids = [*ids, self.eos_id]
+        return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text of the ids. The tokens that begin and end a text have none."""
-        return self._model.decode(ids)
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids. Special tokens have none."""
+        raise NotImplementedError
+
+    def may_change(self, token: int) -> bool:
+        """Whether the text of a token may yet become another by the token that follows."""
+        return False
+
+    def find_special(self, text: str) -> str | None:
+        """Return the first special token that a text names; None where it names none."""
+        match = self._names.search(text)
+        return match[0] if match else None
+
+
+class AddedToken(NamedTuple):
+    """A token that is found in a text before the others: its text, its id, whether it is special,
+    whether it takes the white space at its left or right with it, and whether it is only found
+    between characters that are no letters or digits.
+    """
+
+    content: str
+    id: int
+    special: bool = True
+    lstrip: bool = False
+    rstrip: bool = False
+    single_word: bool = False
+
+
+class SentencePiece(Tokenizer):
+    """A SentencePiece model (Kudo and Richardson, 2018), and the tokens added to it.
+
+    Where special tokens are read, the texts between them are encoded one by one, as transformers
+    does: each as if it began a text, or, with `"legacy": false` in tokenizer_config.json, only what
+    does. In Mistral's models, whose [INST] is one, a space next to a special token belongs to it,
+    as mistral-common writes them out.
+    """
+
+    def _open(self) -> None:
+        try:
+            self._model = SentencePieceProcessor(model_proto=self.path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from error
+        model, folder = self._model, self.path.parent
+        own = [
+            AddedToken(model.id_to_piece(i), i)
+            for i in range(model.vocab_size())
+            if model.is_control(i) or model.is_unknown(i)
+        ]
+        self._n_pieces = model.vocab_size()
+        added = [token for token in read_added_tokens(folder) if token.id >= self._n_pieces]
+        self._added = {token.id: token for token in added}
+        self.vocab_size = max([self._n_pieces - 1, *self._added]) + 1
+        self._tokens = {token.content: token for token in (*own, *added)}
+        self._names = any_of(t.content for t in self._tokens.values() if t.special)
+        self._words = any_of(t.content for t in added if not t.special)
+        self._names_and_words = any_of(self._tokens)
+        self._is_mistrals = "[INST]" in {token.content for token in own}
+        config = folder / "tokenizer_config.json"
+        self._legacy = not config.is_file() or read_json(config).get("legacy") is not False
+        self._guard = model.encode(GUARD)
+
+    def _own_ids(self) -> tuple[int | None, list[int]]:
+        return self._model.bos_id(), [self._model.eos_id()]
+
+    def _hide(self, ids: list[int]) -> None:
+        """Take these for special tokens too."""
+        hidden = [i for i, token in self._added.items() if token.special]
+        self._hidden = {*hidden, *(i for i in ids if i >= self._n_pieces)}
+
+    def _encode(self, s: str, reads: bool) -> list[int]:
+        if not reads and self._words is NOTHING:
+            return self._model.encode(s)
+        ids, start, after_special = [], 0, False
+        for token, begin, end in self._find(s, self._names_and_words if reads else self._words):
+            strips = self._is_mistrals and token.id < self._n_pieces
+            ids += self._encode_between(s[start:begin], start == 0, after_special, strips)
+            ids.append(token.id)
+            start, after_special = end, strips
+        return ids + self._encode_between(s[start:], start == 0, after_special, False)
+
+    def _find(self, s: str, pattern: re.Pattern) -> Iterator[tuple[AddedToken, int, int]]:
+        """Yield the tokens that a text names, and where each begins and ends."""
+        start = 0
+        for match in pattern.finditer(s):
+            token, (begin, end) = self._tokens[match[0]], match.span()
+            neighbours = s[max(begin - 1, 0) : begin] + s[end : end + 1]
+            if begin < start or (token.single_word and re.search(r"\w", neighbours)):
+                continue
+            if token.lstrip:
+                begin = max(start, len(s[:begin].rstrip()))
+            if token.rstrip:
+                end = len(s) - len(s[end:].lstrip())
+            yield token, begin, end
+            start = end
+
+    def _encode_between(self, s: str, first: bool, after: bool, before: bool) -> list[int]:
+        """Return the ids of a text between special tokens. first: whether it begins the whole;
+        after, before: whether the space at its beginning or end belongs to a special token.
+        """
+        s = s.removeprefix(" ") if after else s
+        s = s.removesuffix(" ") if before else s
+        if not s or first or self._legacy or self._is_mistrals:
+            return self._model.encode(s)
+        return self._model.encode(GUARD + s)[len(self._guard) :]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids. Special tokens have none."""
+        texts, run = [], []
+        ids = [i for i in ids if i not in self._hidden]
+        for token in ids if self._added else []:
+            if token < self._n_pieces:
+                run.append(token)
+            elif token in self._added:
+                texts += [self._decode_run(run, not texts), self._added[token].content]
+                run = []
+        return "".join([*texts, self._decode_run(run if self._added else ids, not texts)])
+
+    def _decode_run(self, ids: list[int], first: bool) -> str:
+        if first or self._legacy:
+            return self._model.decode(ids)
+        return self._model.decode(self._guard + ids)[len(self._model.decode(self._guard)) :]
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer.json, read by Hugging Face's package `tokenizers`."""
+
+    def _open(self) -> None:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks
+        import tokenizers
+
+        if not self.path.stat().st_size:
+            raise ValueError(f"{self.path} is empty: download it again")
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:  # which the package raises, of no other class
+            raise ValueError(f"{self.path} is no tokenizer.json: {error}") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._added = self._model.get_added_tokens_decoder()
+        self.vocab_size = max([self._model.get_vocab_size() - 1, *self._added]) + 1
+        decoder = self._model.decoder
+        spells_bytes = decoder is not None and b"ByteFallback" in decoder.__getstate__()
+        names = [f"<0x{value:02X}>" for value in range(256)] if spells_bytes else []
+        self._bytes = {self._model.token_to_id(name) for name in names}
+
+    def _own_ids(self) -> tuple[int | None, list[int]]:
+        ends = [self._model.token_to_id(name) for name in END_NAMES]
+        return self.added_at_the_beginning(), [i for i in ends if i is not None][:1]
+
+    def added_at_the_beginning(self) -> int | None:
+        """Return the token that the file itself puts before a text; None where it puts none."""
+        alone = self._model.encode("a", add_special_tokens=False).ids
+        ids = self._model.encode("a", add_special_tokens=True).ids
+        return ids[0] if ids[:1] != alone[:1] else None
+
+    def _hide(self, ids: list[int]) -> None:
+        """Take these for special tokens too."""
+        from tokenizers import AddedToken
+
+        for token in ids:
+            if not (token in self._added and self._added[token].special):
+                content = self._model.id_to_token(token)
+                self._model.add_special_tokens([AddedToken(content, normalized=False)])
+        self._added = self._model.get_added_tokens_decoder()
+        self._hidden = {i for i, token in self._added.items() if token.special}
+        self._names = any_of(self._added[i].content for i in self._hidden)
+        self._forbid_special_merges()
+
+    def _forbid_special_merges(self) -> None:
+        """Drop merges that make a special token out of text that names it."""
+        self._model.encode_special_tokens = True
+        names = [self._added[i].content for i in self._hidden]
+        if self._hidden.isdisjoint(i for name in names for i in self._encode(name, False)):
+            return
+        content = json.loads(self._model.to_str())
+        merges = content["model"].get("merges", [])
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        content["model"]["merges"] = [
+            pair for pair in pairs if not {"".join(pair), *pair} & set(names)
+        ]
+        self._model = type(self._model).from_str(json.dumps(content))
+
+    def _encode(self, s: str, reads: bool) -> list[int]:
+        self._model.encode_special_tokens = not reads
+        return self._model.encode(s, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of the ids. Special tokens have none."""
+        ids = [int(i) for i in ids if i not in self._hidden]
+        return self._model.decode(ids, skip_special_tokens=False)
+
+    def may_change(self, token: int) -> bool:
+        """Whether the text of a token may yet become another: tokens of one byte that follow each
+        other are decoded together, and are all U+FFFD where they make no characters.
+        """
+        return token in self._bytes
+
+
+# -------------------------------------------------------------------------------------------------
+# What lies beside a tokenizer
+
+NOTHING = re.compile(r"(?!)")
+
+
+def any_of(names: Iterable[str]) -> re.Pattern:
+    """Return the pattern that matches any of the names, the longest where several begin alike."""
+    names = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, names))) if names else NOTHING
+
+
+def read_added_tokens(folder: Path) -> list[AddedToken]:
+    """Return the tokens that added_tokens.json (their ids) and tokenizer_config.json (their flags,
+    too) add to a SentencePiece model. Raises ValueError.
+    """
+    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    try:
+        ids = read_json(plain) if plain.is_file() else {}
+        found = {int(i): AddedToken(name, int(i)) for name, i in ids.items()}
+        flags = read_json(config).get("added_tokens_decoder") if config.is_file() else None
+        for i, flag in (flags or {}).items():
+            chosen = {name: bool(flag.get(name)) for name in AddedToken._fields[2:]}
+            found[int(i)] = AddedToken(flag["content"], int(i), **chosen)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{folder}: its added tokens are malformed ({error!r})") from error
+    return [found[i] for i in sorted(found) if found[i].content]
+
+
+def params_ids(folder: Path) -> tuple[int | None, list[int]] | None:
+    """Return the tokens that begin and end a text, by the params.json of a model's folder; None
+    where it says nothing of them.
+    """
+    path = folder / "params.json"
+    params = read_json(path) if path.is_file() else {}
+    return (params.get("bos_id"), params["eos_ids"]) if params.get("eos_ids") else None
+
+
+def load_tokenizer(
+    folder: str | Path,
+    bos_id: int | None = None,
+    eos_ids: Iterable[int] | None = None,
+    special_tokens: bool = False,
+) -> Tokenizer:
+    """Return the tokenizer of a model's folder. Raises what `Tokenizer` does."""
+    return Tokenizer(tokenizer_file(folder), bos_id, eos_ids, special_tokens)
+
+
+def tokenizer_file(folder: str | Path) -> Path:
+    """Return the tokenizer in a model's folder, or where it is missing."""
+    paths = [Path(folder) / name for name in FILES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
+
+def special_token_warning(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> str | None:
+    """Return what to warn of where texts name special tokens that are read as text; None else.
+
+    texts: each with the place where it stands, such as "data/train.jsonl, line 3".
+    """
+    if tokenizer.special_tokens:
+        return None
+    found = [(name, place) for text, place in texts if (name := tokenizer.find_special(text))]
+    if not found:
+        return None
+    name, place = found[0]
+    count = f"{len(found)} texts name" if len(found) > 1 else "a text names"
+    return (
+        f"{count} special tokens, such as {name} ({place}), which are read as text: "
+        "--special-tokens reads them as tokens"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# A stream
 
 
 def stream_text(
@@ -60,11 +369,13 @@ def stream_text(
     # Decode ids after some that are already shown: the first id of a text loses its space.
     context, new = list(prompt_ids), []
     shown = tokenizer.decode(context)
-    for count in itertools.count(1):
+    count = 0
+    while True:
         token = next(ids, None)
         if token is not None:
             new.append(token)
-            if count % every:
+            count += 1
+            if count % every or tokenizer.may_change(token):
                 continue
         text = tokenizer.decode(context + new)
         if token is None or not text.endswith("\N{REPLACEMENT CHARACTER}"):
