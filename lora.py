@@ -41,7 +41,8 @@ from parts.records import parse_record
 from parts.run_files import warn_of_replaced
 from parts.run_log import StepResult, say
 from parts.save_and_resume import NotSaved, recover_interrupted_save
-from parts.tokenizers import Tokenizer, stream_text
+from parts.tokenizers import Tokenizer, load_tokenizer, special_token_warning, stream_text
+from parts.tokenizers import tokenizer_file
 from parts.training import report_validation, start_run, what_is_due
 
 import mlx.core as mx
@@ -77,6 +78,12 @@ def build_parser() -> argparse.ArgumentParser:
         "generate on an M1 or M2",
     )
     add("--seed", type=SEED, default=0, help="seed of all random numbers")
+    add(
+        "--special-tokens",
+        action="store_true",
+        help="read special tokens, such as </s>, where texts and prompts name them; else that is "
+        "text",
+    )
 
     add = parser.add_argument_group("training").add_argument
     add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
@@ -124,11 +131,13 @@ class Dataset:
             )
         check_content(path)
         with open(path, "rb") as lines:
-            self._texts = [
-                parse_record(line, key, f"{path}, line {i}")
+            found = [
+                (parse_record(line, key, f"{path}, line {i}"), i)
                 for i, line in enumerate(lines, start=1)
                 if line.strip()
             ]
+        self._path = path
+        self._texts, self._lines = [text for text, _ in found], [i for _, i in found]
         if not self._texts:
             raise ValueError(f'{path} is empty: each line holds one {{"{key}": "..."}}')
         self._encoded: tuple[Tokenizer, list[np.ndarray]] | None = None
@@ -138,6 +147,11 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self._texts)
+
+    def with_places(self) -> Iterator[tuple[str, str]]:
+        """Yield each text, and where it stands, such as "data/train.jsonl, line 3"."""
+        for text, line in zip(self._texts, self._lines, strict=True):
+            yield text, f"{self._path}, line {line}"
 
     def encode(self, tokenizer: Tokenizer) -> list[np.ndarray]:
         """Return the token ids (int32) of each text, from BOS to EOS. Computed once."""
@@ -424,7 +438,7 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     ids = generate_step(model, prompt_ids, args.temp, tokenizer.vocab_size)
     ids = run_log.timed(ids, times)
     ids = itertools.islice(ids, args.num_tokens)
-    ids = itertools.takewhile(lambda token: token != tokenizer.eos_id, ids)
+    ids = itertools.takewhile(lambda token: token not in tokenizer.eos_ids, ids)
     with device.wired():
         for piece in stream_text(ids, tokenizer, prompt_ids, args.write_every):
             print(piece, end="", flush=True)
@@ -436,15 +450,18 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
 # Loading
 
 
-def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model, Tokenizer]:
+def load_model(
+    folder: str | Path, dtype: mx.Dtype | None = None, special_tokens: bool = False
+) -> tuple[Model, Tokenizer]:
     """Return the model and the tokenizer that convert.py wrote into `folder`.
 
-    Floating-point weights are cast to `dtype`, by default the device's.
+    Floating-point weights are cast to `dtype`, by default the device's. special_tokens: whether the
+    tokenizer reads those that texts name.
     Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
     MemoryError when the memory does not hold the weights.
     """
     folder = Path(folder)
-    for name in ("params.json", "weights.npz", "tokenizer.model"):
+    for name in ("params.json", "weights.npz", tokenizer_file(folder).name):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"{folder / name} is missing{did_you_mean(folder / name)}: --model takes a folder "
@@ -452,10 +469,11 @@ def load_model(folder: str | Path, dtype: mx.Dtype | None = None) -> tuple[Model
             )
         check_content(folder / name)
     model = model_folder.read_config(folder / "params.json", Model, ModelArgs, quantizable)
-    tokenizer = Tokenizer(folder / "tokenizer.model")
+    ids = model.args.bos_id, model.args.eos_ids
+    tokenizer = load_tokenizer(folder, *ids, special_tokens)
     if tokenizer.vocab_size > model.args.vocab_size:
         raise ValueError(
-            f"{folder / 'tokenizer.model'} has {tokenizer.vocab_size} tokens, the model "
+            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
     dtype = dtype or device.default_dtype()
@@ -498,9 +516,13 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         n_trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))
         say(f"Trainable parameters {n_trainable / 1e6:.3f}M")
 
+    used = [dset for dset in sets if dset is not None]
+    texts = itertools.chain([(args.prompt or "", "--prompt")], *(d.with_places() for d in used))
+    warning = special_token_warning(texts, tokenizer)
+    if warning:
+        warn(warning)
     if args.train or args.test:
         say("Loading datasets")
-        used = [dset for dset in sets if dset is not None]
         n_truncated = sum(dset.truncate(tokenizer, args.max_seq_length) for dset in used)
         if n_truncated:
             length = args.max_seq_length
@@ -541,7 +563,7 @@ def prepare(
         say("Loading pretrained model")
         generating = not (args.train or args.test)
         dtype = DTYPES.get(args.dtype) or device.default_dtype(generating)
-        prepared = sets, *load_model(args.model, dtype)
+        prepared = sets, *load_model(args.model, dtype, args.special_tokens)
         if ranks.size > 1:
             inputs = input_digests(args, [list(dset) for dset in sets if dset is not None])
     except USER_ERRORS as error:

@@ -22,7 +22,9 @@ hugging_face      its names, config and order of rows, from one map of names
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
 model_folder      weights.npz, params.json and the tokenizer: read, write
-tokenizers        SentencePiece models; text as a stream
+tokenizers        SentencePiece's and Hugging Face's files, special tokens; text as a stream
+source_tokenizers  the tokenizer of a checkpoint, in whichever format
+byte_level_bpe    Llama 3's and Tekken's files to Hugging Face's
 records           a line of JSONL to a text
 batches           rows of token ids to arrays of few lengths
 

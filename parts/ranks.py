@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from parts import device  # before MLX, for its BLAS
+from parts import device, tokenizers  # before MLX, for its BLAS
 from parts.files import digest
 from parts.model_folder import checksums
 
@@ -323,7 +323,8 @@ def input_digests(args: argparse.Namespace, texts: list[list[str]]) -> dict[str,
     texts: of each data set.
     """
     folder = Path(args.model)
-    files = [(folder / name).read_bytes() for name in ("params.json", "tokenizer.model")]
+    beside = [folder / name for name in ("params.json", *tokenizers.FILES, *tokenizers.BESIDE)]
+    files = [path.read_bytes() for path in beside if path.is_file()]
     inputs = {
         f"--{name.replace('_', '-')}": digest(repr(value).encode())
         for name, value in vars(args).items()

@@ -20,6 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from parts.files import check_content, read_json
 
 FILES = ("tokenizer.model", "tokenizer.json")  # of which a model's folder has one
+BESIDE = ("added_tokens.json", "tokenizer_config.json")  # what may lie beside a tokenizer.model
 # What ends a text, where nothing beside a tokenizer.json says so.
 END_NAMES = ("</s>", "<|end_of_text|>", "<|endoftext|>", "<|im_end|>", "<|eot_id|>")
 # A character that is part of no token: text after it is not at the beginning.
@@ -298,7 +299,7 @@ def read_added_tokens(folder: Path) -> list[AddedToken]:
     """Return the tokens that added_tokens.json (their ids) and tokenizer_config.json (their flags,
     too) add to a SentencePiece model. Raises ValueError.
     """
-    plain, config = folder / "added_tokens.json", folder / "tokenizer_config.json"
+    plain, config = (folder / name for name in BESIDE)
     try:
         ids = read_json(plain) if plain.is_file() else {}
         found = {int(i): AddedToken(name, int(i)) for name, i in ids.items()}

@@ -11,7 +11,10 @@ from conftest import ROOT
 SCRIPTS = sorted(ROOT.glob("*.py"))
 PARTS = sorted(ROOT.glob("parts/*.py"))
 MODULES = [*SCRIPTS, *PARTS, *sorted(ROOT.glob("base-model/*.py"))]
-WITHOUT_MLX = ("cli", "files", "records", "tokenizers", "source_checkpoints", "hugging_face")
+WITHOUT_MLX = (
+    *("cli", "files", "records", "source_checkpoints", "hugging_face"),
+    *("tokenizers", "source_tokenizers", "byte_level_bpe"),
+)
 ASK_FOR_THE_DEVICE = r"device|ops.*|merged_linear|decoder.*"
 READERS = ROOT / "cwk_create_dataset.py"  # which each process that reads a package imports again
 
