@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from parts.files import check_content
 from parts.flags import BATCHES, COUNT, LENGTH, RATE, SEED, TEMPERATURE
 from parts.flags import adapter_to_load, check_arguments
 from parts.interrupts import Interrupts, Stopped
-from parts.ops import cross_entropy
+from parts.ops import cross_entropy, linear_cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import parse_record
 from parts.run_files import warn_of_replaced
@@ -189,13 +190,17 @@ def loss(
     """Return the mean cross-entropy in nats over the targets that count, and their number.
 
     Every token of a text counts, a question's too, up to EOS; padding does not.
-    inputs, targets: (B, L); lengths: (B,), the targets of a row that count, from its first on.
+    inputs, targets: (B, L); lengths: (B,), the targets of a row that count, from its first on,
+    except negative ones. Where none counts, both are 0.
     """
-    logits, _ = model(inputs)
-    losses = cross_entropy(logits, targets)  # (B, L)
-    mask = mx.arange(targets.shape[1]) < lengths[:, None]
-    n_tokens = mask.sum()
-    return mx.where(mask, losses, 0).sum() / n_tokens, n_tokens
+    targets = mx.where(mx.arange(targets.shape[1]) < lengths[:, None], targets, -1)
+    if hasattr(model, "hidden"):
+        x, _ = model.hidden(inputs)  # (B, L, D)
+        losses = linear_cross_entropy(x, model.output_weight, targets, model.training)  # (B, L)
+    else:
+        losses = cross_entropy(model(inputs)[0], targets)
+    n_tokens = (targets >= 0).sum()
+    return losses.sum() / mx.maximum(n_tokens, 1), n_tokens
 
 
 def iterate_batches(
@@ -258,7 +263,7 @@ def evaluate(
     streams = streams or device.open_streams(batch_size // ranks.size, ranks.local_size)
     compute = partial(on_each_stream, streams, partial(loss, model), ranks=ranks)
     compute = device.bounded(compute, [], queues=False)
-    with device.limits_restored():
+    with device.limits_restored(), without_training(model):
         for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
             # Compute this rank's rows.
             results = compute(*batch)
@@ -272,6 +277,17 @@ def evaluate(
             if stopping:
                 return None
     return total_loss / total_tokens
+
+
+@contextmanager
+def without_training(model: nn.Module) -> Iterator[None]:
+    """Meanwhile, the model computes no more than losses."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -313,7 +329,7 @@ def make_step(
         n_tokens, stopping = total[-2], total[-1]
         gradient, value = total[:-3] / n_tokens, total[-3] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
-        finite = mx.isfinite(total.sum())
+        finite = mx.isfinite(total.sum()) & (n_tokens > 0)
         moments = tree_map(lambda value: value, optimizer.state)
         after = optimizer.apply_gradients({"lora": gradient}, vector)
         keep = partial(mx.where, finite)

@@ -9,6 +9,7 @@ device            which device computes, and its BLAS, streams and memory
 ops               the one door: each operation's CPU form, CUDA kernel, or MLX's own
 ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
+linear_cross_entropy  the loss, without ever holding all logits
 nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
 rope              rotary positions: frequencies, and tables of cosines and sines
 kv_cache          the keys and values of a layer's positions so far

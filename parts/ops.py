@@ -10,6 +10,7 @@ from functools import lru_cache
 import numpy as np
 
 from parts import device, ops_cpu, ops_cuda
+from parts.linear_cross_entropy import by_positions, by_vocabulary, with_gradient
 from parts.rope import Rope, amplitude, wavelength_table
 
 import mlx.core as mx
@@ -47,12 +48,26 @@ def swiglu_on_gpu_vjp(
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Minus the log-probability, in nats and float32, of each target.
+    """Minus the log-probability, in nats and float32, of each target; 0 for negative targets.
 
     logits: (..., V); targets: (...) integer. Returns (...).
     """
-    form = ops_cpu.cross_entropy if device.ON_CPU else mx.fast.cross_entropy
-    return form(logits, targets)
+    losses = mx.fast.cross_entropy(logits.astype(mx.float32), mx.maximum(targets, 0))
+    return mx.where(targets >= 0, losses, 0)
+
+
+def linear_cross_entropy(
+    x: mx.array, weight: mx.array, targets: mx.array, training: bool = True
+) -> mx.array:
+    """`cross_entropy(x @ weight.T, targets)`, in blocks: the logits never live whole.
+
+    x: (..., D); weight: (V, D), frozen; targets: (...) int32, negative where a position does not
+    count. Returns (...) in float32. In `training`, the gradient of x is computed at once.
+    """
+    compute = by_vocabulary if device.ON_CPU else by_positions
+    rows = x.reshape(-1, x.shape[-1]), weight, targets.flatten()
+    losses = with_gradient(compute, *rows) if training else compute(*rows, training)[0]
+    return losses.reshape(targets.shape)
 
 
 def attention(

@@ -71,41 +71,6 @@ def swiglu_vjp(
 
 
 # -------------------------------------------------------------------------------------------------
-# Cross-entropy
-
-
-def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """See `ops.cross_entropy`."""
-    return cross_entropy_with_parts(logits.astype(mx.float32), targets)[0]
-
-
-@mx.custom_function
-def cross_entropy_with_parts(
-    logits: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array, mx.array]:
-    """The losses (...), exp(logits - their maximum) (..., V), and its sum (..., 1)."""
-    max_logit = row_max(logits)
-    exps = exp(logits - max_logit)
-    sum_exp = row_sum(exps)
-    at_target = mx.take_along_axis(logits, targets[..., None], -1)
-    return (mx.log(sum_exp) + max_logit - at_target).squeeze(-1), exps, sum_exp
-
-
-@cross_entropy_with_parts.vjp
-def cross_entropy_vjp(
-    primals: tuple[mx.array, mx.array],
-    cotangents: tuple[mx.array, mx.array, mx.array],
-    outputs: tuple[mx.array, mx.array, mx.array],
-) -> tuple[mx.array, mx.array]:
-    """The gradient of the logits: softmax, minus one at the target, times the cotangent."""
-    (_, targets), (cotangent, *_), (_, exps, sum_exp) = primals, cotangents, outputs
-    gradient = (exps * (cotangent[..., None] / sum_exp)).flatten()
-    at_targets = mx.arange(targets.size, dtype=mx.int64) * exps.shape[-1] + targets.flatten()
-    gradient = gradient.at[at_targets].subtract(cotangent.flatten())
-    return gradient.reshape(exps.shape), mx.zeros_like(targets)
-
-
-# -------------------------------------------------------------------------------------------------
 # Attention
 
 
