@@ -2,6 +2,7 @@
 
     python tests/benchmarks/training_step.py --shape tiny
     python tests/benchmarks/training_step.py --shape 7b --dtype bfloat16 --bits 16 4
+    python tests/benchmarks/training_step.py --shape 1b --dtype bfloat16  # a large vocabulary
 
 Every contender runs in a process of its own, in turns, on the same shapes, batch and device: rank 8
 on wq and wv of the top 16 layers, Adam. Needs mlx-lm, peft and transformers.
@@ -25,7 +26,9 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary, batch, le
     "350m": (1024, 24, 16, 16, 2816, 32000, 4, 256),
     "7b": (4096, 32, 32, 8, 14336, 32000, 4, 512),
     "base": (576, 30, 9, 3, 1536, 49152, 4, 256),  # the base model's
+    "1b": (2048, 16, 32, 8, 8192, 128256, 4, 1024),  # Llama 3.2 1B's
 }
+TIED = [SHAPES["1b"]]  # the embedding is the output projection, too
 LAYERS, RANK = 16, 8
 
 
@@ -40,7 +43,8 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
 
     limit_command_buffers(training=adapters)
     dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
-    model = Model(ModelArgs(dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary))
+    sizes = dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary
+    model = Model(ModelArgs(*sizes, tie_word_embeddings=shape in TIED))
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         nn.quantize(model, 64, bits, class_predicate=quantizable)
@@ -92,7 +96,7 @@ def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
             num_key_value_heads=kv_heads,
             rms_norm_eps=1e-5,
             vocab_size=vocabulary,
-            tie_word_embeddings=False,
+            tie_word_embeddings=shape in TIED,
         )
     )
     model.set_dtype(getattr(mx, dtype))
@@ -164,6 +168,7 @@ def prepare_peft(
         rms_norm_eps=1e-5,
         vocab_size=vocabulary,
         use_cache=False,
+        tie_word_embeddings=shape in TIED,
     )
     with torch.device(device):
         torch.set_default_dtype(getattr(torch, dtype))
