@@ -33,18 +33,26 @@ from parts.batches import bucket_lengths, pad_batch
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.decoder import generate_step
 from parts.files import check_content
-from parts.flags import BATCHES, COUNT, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, check_arguments
+from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
+from parts.flags import adapter_to_load, add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import parse_record
 from parts.run_files import warn_of_replaced
 from parts.run_log import StepResult, say
+from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
+from parts.steps import accumulated, make_start_step
 from parts.tokenizers import Tokenizer, load_tokenizer, special_token_warning, stream_text
 from parts.tokenizers import tokenizer_file
-from parts.training import report_validation, start_run, what_is_due
+from parts.training import (
+    report_steps,
+    report_validation,
+    start_run,
+    validate_at_start,
+    what_is_due,
+)
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -86,12 +94,16 @@ def build_parser() -> argparse.ArgumentParser:
         "text",
     )
 
-    add = parser.add_argument_group("training").add_argument
+    training = parser.add_argument_group("training")
+    add = training.add_argument
     add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
     add("--lora-layers", type=COUNT, default=16, help="layers to adapt, from the top")
     add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
-    add("--iters", type=COUNT, default=1000, help="steps to train in all")
+    duration = training.add_mutually_exclusive_group().add_argument
+    duration("--iters", type=COUNT, default=1000, help="steps to train in all")
+    duration("--epochs", type=EPOCHS, help="passes over the data, in place of --iters")
     add("--learning-rate", type=RATE, default=1e-5, help="Adam's learning rate")
+    add_update_flags(add)
     add("--grad-checkpoint", action="store_true", help="less memory, a third more time")
     add("--max-seq-length", type=LENGTH, default=2048, help="tokens of a text at most")
     add(
@@ -300,13 +312,17 @@ def make_step(
     loss: Callable,
     streams: list[mx.Stream],
     ranks: Ranks = SINGLE,
+    max_grad_norm: float | None = None,
 ) -> Callable[..., StepResult]:
     """Return a function that trains on a batch: `step(inputs, targets, lengths, stopping=False)`.
 
     It splits the batch's rows among ranks and `streams`, and weighs gradients by tokens. Where loss
     or gradients are not finite, it changes nothing. Its result is still being computed when it
     returns, so that the next batch is made meanwhile. It starts from the matrices and moments that
-    model and optimizer have now, which it updates.
+    model and optimizer have now, which it updates. With `last=False` it makes no update: the next
+    call's is that of both batches as one.
+
+    max_grad_norm: scales gradients down to this norm, over all matrices, where it is above.
     """
     loss_and_grad = nn.value_and_grad(model, loss)
     vector = {"lora": to_vector(model.trainable_parameters())}
@@ -330,37 +346,17 @@ def make_step(
         gradient, value = total[:-3] / n_tokens, total[-3] / n_tokens
         # Anything that is not finite makes the sum so, and then all stays as it was.
         finite = mx.isfinite(total.sum()) & (n_tokens > 0)
+        if max_grad_norm is not None:
+            gradient, _ = optim.clip_grad_norm(gradient, max_grad_norm)
         moments = tree_map(lambda value: value, optimizer.state)
         after = optimizer.apply_gradients({"lora": gradient}, vector)
-        keep = partial(mx.where, finite)
+        keep, rate = partial(mx.where, finite), optimizer.learning_rate
         vector.update(tree_map(keep, after, vector))
         model.update(from_vector(vector["lora"], model.trainable_parameters()))
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
-        return value, n_tokens, finite, stopping
+        return value, n_tokens, finite, stopping, rate
 
-    if ranks.size == 1 or ranks.sum_on_gpu:  # NCCL's sum is the GPU's own work: part of the step
-        compute = device.compiled(
-            lambda *batch: update(ranks.sum(sum_rows(*batch))), inputs=state, outputs=state
-        )
-    else:
-        sum_rows = device.compiled(sum_rows, inputs=state)
-        update = device.compiled(update, inputs=state, outputs=state)
-
-        # Any other sum is waited for by the processor, between two halves: macOS ends a GPU's work
-        # that waits for some seconds, as for a slower rank.
-        def compute(*batch: mx.array) -> tuple[mx.array, ...]:
-            total = sum_rows(*batch)
-            mx.eval(total)
-            total = ranks.sum(total)
-            mx.eval(total)
-            return update(total)
-
-    def start_step(*batch: mx.array, stopping: bool = False) -> StepResult:
-        result = StepResult(*compute(mx.array(float(stopping)), *batch))
-        mx.async_eval(result, state)
-        return result
-
-    return device.bounded(start_step, state)
+    return device.bounded(make_start_step(sum_rows, update, state, ranks), state)
 
 
 def train(
@@ -383,10 +379,12 @@ def train(
     streams = device.open_streams(args.batch_size // ranks.size, ranks.local_size)
     state, log = start_run(model, train_set.encode(tokenizer), optimizer, args, ranks)
     meter, done = state.meter, state.meter.iteration
-    step = make_step(model, optimizer, loss, streams, ranks)
+    step = make_step(model, optimizer, loss, streams, ranks, args.max_grad_norm)
     batches = iterate_batches(
-        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=done
-    )
+        train_set, tokenizer, args.batch_size, train=True, seed=args.seed,
+        skip=done * args.grad_accumulation,
+    )  # fmt: skip
+    update = accumulated(step, batches, args.grad_accumulation)
     iterations = range(done + 1, args.iters + 1)
     bar = tqdm(iterations, "Training", total=args.iters, initial=done, disable=None)
     with Interrupts(ranks) as interrupts, device.limits_restored(), state.saved_on_failure():
@@ -394,15 +392,12 @@ def train(
             evaluate, model, val_set, loss, tokenizer, args.batch_size, args.val_batches, streams,
             stop=interrupts.pending, ranks=ranks,
         )  # fmt: skip
-        validate = partial(report_validation, compute, log, interrupts, ranks)
-        # Validate before the first update, or make up for what a signal broke off.
-        owed = not done or (what_is_due(done, args).validate and not log.validated(done))
-        if any(ranks.sum_values(owed and ranks.rank == 0)):
-            validate(max(done, 1))
+        validate = partial(report_validation, compute, state, log, interrupts, args.patience, bar)
+        gives_up = validate_at_start(validate, state, log, args)
         meter.resume()
-        for iteration, batch in zip(bar, batches, strict=False):
+        for iteration in [] if gives_up else bar:
             # Step. The device computes it while the next batch is made.
-            meter.add(step(*batch, stopping=interrupts.pending()))
+            meter.add(update(stopping=interrupts.pending()))
             interrupts.agree(meter.previous)
 
             # Once in a while, wait for the device. What follows does not count as the steps' time.
@@ -414,18 +409,15 @@ def train(
 
             # Report the steps since the last report.
             if due.report:
-                report = meter.report()
-                log.add_report(iteration, report, args.learning_rate)
-                bar.set_postfix_str(report.summary())
+                report_steps(state, log, bar)
             state.keep()
 
-            # Validate.
-            if due.validate:
-                validate(iteration)
+            # Validate, which may end a training that no longer becomes better.
+            gives_up = due.validate and validate()
 
-            # Save, also where the training ends early.
-            ends = interrupts.stopping or meter.broken
-            if due.save or ends:
+            # Save, also a new best, and where the training ends early.
+            ends = interrupts.stopping or meter.broken or gives_up
+            if due.save or state.has_new_best or ends:
                 state.save()
             if ends:
                 break
@@ -549,9 +541,9 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         say("Training")
         if ranks.rank == 0:
             warn_of_replaced(args.adapter_file, args.resume_adapter_file)
+        args.iters = count_updates(args, len(train_set.encode(tokenizer)))
         run_log.announce(model, train_set.encode(tokenizer), len(val_set), args, ranks.size)
-        optimizer = optim.Adam(learning_rate=args.learning_rate)
-        train(model, train_set, val_set, optimizer, loss, tokenizer, args, ranks)
+        train(model, train_set, val_set, make_optimizer(args), loss, tokenizer, args, ranks)
     if args.test:
         say("Testing")
         test_loss = evaluate(

@@ -31,6 +31,9 @@ batches           rows of token ids to arrays of few lengths
 
 flags             lora.py's command line: numbers, and what cannot be given together
 training          what a training does around its steps
+steps             when the pieces of a training step run: batches summed, ranks, compiling
+schedules         how many updates, the learning rate of each, the optimizer
+best              the best validation of a run, and how long ago that was
 adapters          the adapter file: read, check, write
 save_and_resume   crash-safe save and resume
 run_log           steps and seconds, lines and summaries, the log file, the plot

@@ -2,9 +2,10 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from parts import adapters, cli
+from parts import adapters, cli, schedules
 from parts.cli import did_you_mean
 from parts.files import decode_text
 
@@ -15,7 +16,28 @@ BATCHES = cli.number(
 )
 TEMPERATURE = cli.number(float, lambda t: t >= 0, "a number of at least 0")
 RATE = cli.number(float, lambda r: r > 0, "a number above 0")
+NOT_NEGATIVE = cli.number(float, lambda x: x >= 0, "a number of at least 0")
+EPOCHS = cli.number(float, lambda n: 0 < n <= 1e6, "a number above 0 and up to a million")
+UPDATES = cli.number(int, lambda n: 0 <= n <= sys.maxsize, "a whole number of at least 0")
 SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def add_update_flags(add: Callable) -> None:
+    """Add the flags of a training's updates that the documented example does not have.
+
+    add: `add_argument` of their group.
+    """
+    add("--grad-accumulation", type=COUNT, default=1, help="batches that one update sums up")
+    add("--warmup", type=UPDATES, default=0, help="updates in which the learning rate rises")
+    add(
+        "--lr-schedule",
+        choices=schedules.SCHEDULES,
+        default="constant",
+        help="how the learning rate falls after the warmup, down to 0 at the end",
+    )
+    add("--max-grad-norm", type=RATE, help="clip gradients to this global norm")
+    add("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="of AdamW, which replaces Adam")
+    add("--patience", type=COUNT, help="validations without a better one that end the training")
 
 
 def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:

@@ -41,6 +41,14 @@ def is_state(path: Path) -> bool:
     return head.startswith(b"PK") and b"adapter.layers." in head
 
 
+def is_best(path: Path) -> bool:
+    """Whether a training saved its best adapters here: an archive whose first member is of the
+    model's layers.
+    """
+    head = head_of(path, 64)
+    return head.startswith(b"PK") and b"layers." in head and not is_state(path)
+
+
 def head_of(path: Path, size: int = HEAD) -> bytes:
     """The first `size` bytes of a file."""
     with open(path, "rb") as file:
@@ -61,7 +69,7 @@ def is_plot(path: Path) -> bool:
     return signature in head_of(path) or (log.is_file() and is_log(log))
 
 
-SIBLINGS = {".state.npz": is_state, ".log.jsonl": is_log, ".png": is_plot}
+SIBLINGS = {".best.npz": is_best, ".state.npz": is_state, ".log.jsonl": is_log, ".png": is_plot}
 
 
 def find_siblings(adapter_file: str | Path) -> list[Path]:
@@ -74,7 +82,7 @@ def find_siblings(adapter_file: str | Path) -> list[Path]:
         path = sibling(adapter_file, suffix)
         if path.is_file() and not path.stat().st_size or not path.exists():
             continue
-        if path.is_dir() and suffix != ".state.npz":  # it stays, and training goes on without
+        if path.is_dir() and not suffix.endswith(".npz"):  # it stays, and training goes on without
             continue
         if not path.is_file() or not is_ours(path):  # it may be a device that a link leads to
             raise ValueError(

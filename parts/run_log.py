@@ -7,6 +7,7 @@ import math
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from functools import partial
@@ -25,6 +26,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 MAX_SKIPPED_STEPS = 3  # in a row, whose updates are left out; then the training ends
+FAR_ABOVE = 1.0  # nats a token above the loss at the start, where a training has gone wrong
+N_RECENT = 10  # steps whose mean loss is compared with that
 FIGURES = ("loss", "val_loss", "learning_rate", "tokens_per_second")  # of an entry of the log
 
 
@@ -48,7 +51,9 @@ def announce(
     n_adapted = sum("lora_a" in layer.attention.wq for layer in model.layers)
     n_tokens = sum(len(row) - 1 for row in train_rows)
     n_rows = min(args.batch_size, len(train_rows))
-    steps = len(train_rows) // n_rows  # of an epoch, as in `iterate_batches`
+    n_batches = args.grad_accumulation  # of an update
+    steps = len(train_rows) // n_rows / n_batches  # of an epoch, as in `iterate_batches`
+    rows = f"{n_batches} x {n_rows}" if n_batches > 1 else n_rows
     dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
     on = f", {n_ranks} ranks," if n_ranks > 1 else ""
     for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
@@ -56,14 +61,19 @@ def announce(
     say(
         f"On {mx.default_device().type.name}{on} in {dtype}: LoRA in {n_adapted} of "
         f"{len(model.layers)} layers; {len(train_rows)} texts, {n_tokens} tokens; {args.iters} "
-        f"iterations of {n_rows}, {args.iters / steps:.2f} epochs"
+        f"iterations of {rows}, {args.iters / steps:.2f} epochs"
     )
     if args.iters < steps:
-        warn(f"--iters {args.iters} does not finish an epoch, which has {steps}")
+        warn(f"{what_is_given(args)} does not finish an epoch, which has {math.ceil(steps)}")
     if n_val_texts > len(train_rows):
         warn(f"the validation set has {n_val_texts} texts, the training set {len(train_rows)}")
     if args.learning_rate > 1e-2:
         warn(f"--learning-rate {args.learning_rate} is high: 1e-5 to 1e-3 are usual for LoRA")
+
+
+def what_is_given(args: argparse.Namespace) -> str:
+    """Return the flag that says how long the training is, with its value."""
+    return f"--iters {args.iters}" if args.epochs is None else f"--epochs {args.epochs:g}"
 
 
 class StepResult(NamedTuple):
@@ -73,6 +83,7 @@ class StepResult(NamedTuple):
     n_tokens: mx.array
     finite: mx.array  # whether loss and gradients were; if not, the step changed nothing
     stopping: mx.array  # the number of ranks that had caught a signal
+    learning_rate: mx.array | float = math.nan  # which the states of older versions lack
 
 
 class Report(NamedTuple):
@@ -81,6 +92,7 @@ class Report(NamedTuple):
     loss: float  # mean of the finite ones, in nats a token; NaN where none is
     n_tokens: int
     tokens_per_second: float
+    learning_rates: list[float]  # of each step
 
     def summary(self) -> str:
         """Return what the progress bar shows."""
@@ -97,8 +109,11 @@ class Meter:
         self.steps: list[StepResult] = []
         self.seconds = 0.0
         self.n_skipped = 0  # steps right before the last report that were not finite
+        self.start_loss = math.nan  # the highest of the base model's: validation, first step
+        self.warned = False  # that the loss is far above that
         self.previous: StepResult | None = None  # the step of this process before the last one
         self._last: StepResult | None = None
+        self._recent: deque[float] = deque(maxlen=N_RECENT)  # losses that were finite
         self._start = 0.0
 
     def resume(self) -> None:
@@ -117,7 +132,7 @@ class Meter:
 
     def report(self) -> Report:
         """Print the summary line of the steps not reported yet, and warn of each skipped update."""
-        losses, n_tokens, finite, _ = np.array(self.steps, float).T
+        losses, n_tokens, finite, _, rates = np.array(self.steps, float).T
         n_steps = len(self.steps)
         for i in np.flatnonzero(finite == 0):
             at = self.iteration - n_steps + 1 + i
@@ -128,10 +143,33 @@ class Meter:
             f"Iter {self.iteration}: Train loss {loss:.3f}, "
             f"It/sec {n_steps / self.seconds:.3f}, Tokens/sec {speed:.3f}"
         )
+        if self.iteration == n_steps:
+            self.note_start(losses[0])
+        self._recent.extend(losses[finite == 1])
+        if self._recent:
+            self.warn_if_far_above("training", sum(self._recent) / len(self._recent))
         tail = len(list(itertools.takewhile(lambda is_finite: not is_finite, finite[::-1])))
         self.n_skipped = tail + self.n_skipped if tail == n_steps else tail
         self.steps, self.seconds = [], 0.0
-        return Report(loss, int(n_tokens.sum()), speed)
+        return Report(loss, int(n_tokens.sum()), speed, [shortest_float32(r) for r in rates])
+
+    def note_start(self, loss: float) -> None:
+        """Note a loss of the model before its first update, in nats a token."""
+        if math.isfinite(loss) and not loss < self.start_loss:  # also where that is NaN
+            self.start_loss = loss
+
+    def warn_if_far_above(self, which: str, loss: float) -> None:
+        """Warn, once in a run, of a loss far above where the run began: it has gone wrong, though
+        its numbers are finite.
+        """
+        if self.warned or not loss > self.start_loss + FAR_ABOVE:
+            return
+        self.warned = True
+        warn(
+            f"iteration {self.iteration}: the {which} loss is {loss:.3f}, far above the "
+            f"{self.start_loss:.3f} at the start: lower --learning-rate, or give --max-grad-norm 1 "
+            "or --warmup 100; training goes on"
+        )
 
     @property
     def broken(self) -> bool:
@@ -145,6 +183,11 @@ class Meter:
                 f"at iteration {self.iteration} the last {self.n_skipped} losses or gradients were "
                 "not finite: lower --learning-rate, or give --dtype float32 if it is float16"
             )
+
+
+def shortest_float32(value: float) -> float:
+    """Return the number of fewest digits that is this one in float32: 0.001, not 0.00100000005."""
+    return float(str(np.float32(value)))
 
 
 class TrainingLog:
@@ -162,11 +205,17 @@ class TrainingLog:
         self.entries = entries
         self._write(atomic_write, self.entries)
 
-    def add(self, iteration: int, n_tokens: int = 0, **figures: float) -> None:
+    def add(
+        self,
+        iteration: int,
+        n_tokens: int = 0,
+        learning_rates: list[float] | None = None,
+        **figures: float,
+    ) -> None:
         """Add a report or a validation, which draws the plot again.
 
-        n_tokens: trained on since the last entry. figures: any of FIGURES; one that is not finite
-        is left out, since JSON has no NaN.
+        n_tokens: trained on since the last entry. learning_rates: of each step, where they differ.
+        figures: any of FIGURES; one that is not finite is left out, since JSON has no NaN.
         """
         finite = {name: value for name, value in figures.items() if math.isfinite(value)}
         entry = {
@@ -176,6 +225,8 @@ class TrainingLog:
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
+        if learning_rates:
+            entry["learning_rates"] = learning_rates
         self.entries.append(entry)
         self._write(partial(open, mode="ab"), [entry])
         if "val_loss" in finite and self.writes:
@@ -184,13 +235,15 @@ class TrainingLog:
             except Exception as error:  # whatever the library raises
                 warn(f"{self.plot} could not be written: {error}")
 
-    def add_report(self, iteration: int, report: Report, learning_rate: float) -> None:
+    def add_report(self, iteration: int, report: Report) -> None:
         """Add a report of the steps up to this iteration."""
+        rates = [rate for rate in report.learning_rates if math.isfinite(rate)]
         self.add(
             iteration,
             report.n_tokens,
             loss=report.loss,
-            learning_rate=learning_rate,
+            learning_rates=rates if len(set(rates)) > 1 else None,
+            learning_rate=rates[-1],
             tokens_per_second=report.tokens_per_second,
         )
 

@@ -1,13 +1,17 @@
 """Save a run so that a kill at any moment, even `kill -9`, loses nothing that was saved; resume it.
 
-Adapters and state are two files, which no system replaces at once. The protocol of a save:
+Adapters and state are two files, which no system replaces at once; after a better validation, the
+best adapters are a third. The protocol of a save:
 
-1. Write the new adapters to adapters.npz.partial, and wait until they are on the disk.
+1. Write the new adapters to adapters.npz.partial, and new best ones to adapters.best.npz.partial.
+   Wait until they are on the disk.
 2. Write the state to adapters.state.npz.partial; it names the SHA-256 of the new adapters and of
-   those that they replace.
+   those that they replace, and the same of the best.
 3. Rename the state into its place. Before, a kill leaves the last save; from now on it is this one.
-4. Rename the adapters into theirs. A kill before that leaves them partial: when the run is resumed,
-   `recover_interrupted_save` checks them against the state, and does this step.
+4. Rename best and adapters into theirs. A kill before that leaves them partial: when the run is
+   resumed, `recover_interrupted_save` checks them against the state, and does this step.
+
+A better validation is saved at once, so that the best adapters are never newer than the state.
 
 The state is all that a run needs to continue as if it had never been interrupted. Training draws no
 random numbers but those of the data's order, which depends on the seed and the epoch alone.
@@ -16,16 +20,18 @@ random numbers but those of the data's order, which depends on the seed and the 
 import argparse
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.adapters import to_numpy, to_vector, write_adapter
+from parts.adapters import parse_adapter, to_numpy, to_vector, write_adapter
+from parts.best import Best
 from parts.cli import warn
 from parts.files import atomic_write, digest, partial_file
 from parts.model_folder import checksums
@@ -38,7 +44,18 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-DECISIVE_FLAGS = ("batch_size", "dtype", "learning_rate", "lora_layers", "seed")
+DECISIVE_FLAGS = (
+    "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_layers", "lr_schedule",
+    "max_grad_norm", "seed", "warmup", "weight_decay",
+)  # fmt: skip
+# Of the states of versions that had no such flag.
+FORMER_VALUES = {
+    "--grad-accumulation": 1,
+    "--lr-schedule": "constant",
+    "--max-grad-norm": None,
+    "--warmup": 0,
+    "--weight-decay": 0,
+}
 
 
 class NotSaved(OSError):
@@ -57,6 +74,8 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
     """
     tokens = np.concatenate([np.append(len(row), row) for row in rows])
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
+    if args.lr_schedule != "constant":  # it depends on how many updates there are
+        flags["--iters"] = args.iters
     return {
         "the training data": digest(tokens.tobytes()),
         "the model": digest(checksums(Path(args.model) / "weights.npz")),
@@ -67,6 +86,7 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
 
 def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
     """Raise ValueError, which names the difference, where the state in `path` is of another run."""
+    saved = FORMER_VALUES | saved
     params = {**fingerprint["params.json"], **saved.get("params.json", {})}
     saved = {**saved, "params.json": params}  # an older state does not tell all
     for name, value in fingerprint.items():
@@ -88,6 +108,9 @@ class Snapshot(NamedTuple):
     seconds: float  # that these took
     matrices: dict  # what the model trains, as a tree
     moments: dict  # the optimizer's state, as a tree
+    best: Best = Best()
+    start_loss: float = math.nan  # see Meter
+    warned: bool = False
 
 
 class RunState:
@@ -108,6 +131,7 @@ class RunState:
     ):
         self.model, self.optimizer, self.meter = model, optimizer, meter
         self.fingerprint, self.adapter_file, self.ranks = fingerprint, adapter_file, ranks
+        self.best = Best()
         self._saved = True  # the last time
         self._kept: Snapshot | None = None
 
@@ -140,10 +164,12 @@ class RunState:
                 f"{path} is of iteration {saved.iteration}, and --iters {last} counts from the "
                 "start"
             )
+        self.best = self._find_best(saved.best, adapter)
         self.model.update(saved.matrices)
         self.optimizer.state.update(saved.moments)
         self.meter.iteration = saved.iteration
         self.meter.steps, self.meter.seconds = saved.steps, saved.seconds
+        self.meter.start_loss, self.meter.warned = saved.start_loss, saved.warned
         say(f"The run goes on after iteration {saved.iteration}")
 
     def _parse(self, state: dict[str, np.ndarray]) -> Snapshot:
@@ -158,22 +184,56 @@ class RunState:
             seconds=float(state.get("seconds", 0)),
             matrices=like(self.model.trainable_parameters(), "adapter"),
             moments=like(self.optimizer.state, "optimizer"),
+            best=parse_best(state),
+            start_loss=float(state.get("start_loss", math.nan)),
+            warned=bool(state.get("warned", False)),
         )
+
+    def _find_best(self, best: Best, adapter: Path) -> Best:
+        """Return the best validation with its matrices, where they are to be written again."""
+        if not best.iteration:
+            return best
+        path = sibling(adapter, ".best.npz")
+        content = self.ranks.read(path)
+        if content is None or digest(content) != best.digest:
+            say(f"{path} is not what this run saved: a later validation becomes the best")
+            return best.forget()
+        elsewhere = sibling(self.adapter_file, ".best.npz").resolve() != path.resolve()
+        if any(self.ranks.sum_values(elsewhere and self.ranks.rank == 0)):
+            return best._replace(matrices=parse_adapter(content, path))
+        return best
+
+    def compare(self, iteration: int, val_loss: float) -> None:
+        """Compare a validation with the best before; `save` writes the matrices of a better one.
+
+        iteration: 0 before the first update. The device has computed the matrices.
+        """
+        self.best = self.best.compare(iteration, val_loss, self.model.trainable_parameters())
+        self.keep()
+
+    @property
+    def has_new_best(self) -> bool:
+        """Whether the best matrices are still to be saved."""
+        return self.best.matrices is not None
 
     def save(self) -> None:
         """Save on rank 0, and wait for it. On failure, warn; training continues, and a later save
         may succeed.
         """
-        failed = False
+        failed, new_best, best_digest = False, self.has_new_best, self.best.digest
         if self.ranks.rank == 0:
             try:
                 with self.ranks.saving:
-                    write_run(self.adapter_file, self.snapshot(), self.fingerprint)
+                    best_digest = write_run(self.adapter_file, self.snapshot(), self.fingerprint)
             except OSError as error:
                 at = self.meter.iteration
                 warn(f"iteration {at} could not be saved to {self.adapter_file}: {error}")
                 failed = True
         self._saved = not any(self.ranks.sum_values(failed))
+        if self._saved and new_best:
+            self.best = self.best._replace(matrices=None, digest=best_digest)
+            path = sibling(self.adapter_file, ".best.npz")
+            say(f"Iter {self.best.iteration}: lowest validation loss so far, saved to {path}")
 
     def check_saved(self) -> None:
         """Raise NotSaved where the last save failed, on any rank."""
@@ -185,7 +245,16 @@ class RunState:
         matrices = self.model.trainable_parameters()
         moments = tree_map(lambda value: value, self.optimizer.state)
         meter = self.meter
-        return Snapshot(meter.iteration, list(meter.steps), meter.seconds, matrices, moments)
+        return Snapshot(
+            meter.iteration,
+            list(meter.steps),
+            meter.seconds,
+            matrices,
+            moments,
+            self.best,
+            meter.start_loss,
+            meter.warned,
+        )
 
     def keep(self) -> None:
         """Keep a snapshot for `saved_on_failure`. The device has computed what it holds."""
@@ -224,41 +293,71 @@ class RunState:
             ) from error
 
 
-def write_run(adapter_file: str | Path, snapshot: Snapshot, fingerprint: dict) -> None:
-    """Write adapters and state, by the protocol above; its numbers are in the comments.
+def write_run(adapter_file: str | Path, snapshot: Snapshot, fingerprint: dict) -> str:
+    """Write adapters and state, by the protocol above; its numbers are in the comments. Return the
+    digest of the best adapters, "" where there are none.
 
     Raises OSError, and what the device does where it has not computed the snapshot.
     """
-    adapter = Path(adapter_file)
+    adapter, best = Path(adapter_file), snapshot.best
+    best_path = sibling(adapter, ".best.npz")
     matrices = to_numpy(snapshot.matrices)
     state = {f"adapter.{name}": value for name, value in matrices.items()}
     state |= {f"optimizer.{n}": np.array(v) for n, v in tree_flatten(snapshot.moments)}
     state |= {"iteration": np.array(snapshot.iteration), "run": np.array(json.dumps(fingerprint))}
     state["done"] = np.array(snapshot.steps, float).reshape(-1, len(StepResult._fields))
     state["seconds"] = np.array(snapshot.seconds)
-    with atomic_write(adapter) as file:
-        write_adapter(file, matrices)  # 1
-        file.flush()
-        os.fsync(file.fileno())
-        files = [Path(file.name), *([adapter] if adapter.is_file() else [])]
-        state["files"] = np.array([digest(path.read_bytes()) for path in files])
+    state["start_loss"], state["warned"] = np.array(snapshot.start_loss), np.array(snapshot.warned)
+    state["best"], best_files = best.to_array(), [best.digest]
+    with ExitStack() as places:
+        if best.matrices is not None:
+            best_files = stage(places, best_path, to_numpy(best.matrices))  # 1
+        state["files"] = np.array(stage(places, adapter, matrices))  # 1
+        state["best_files"] = np.array(best_files)
         with atomic_write(sibling(adapter, ".state.npz")) as state_file:
             np.savez(state_file, **state)  # 2, and 3 at the end of this block
     # 4 was the end of the outer block
+    if not best.iteration and best_path.is_file():  # another run's, whose adapters are replaced
+        best_path.unlink()
+    return best_files[0]
+
+
+def stage(places: ExitStack, path: Path, matrices: dict[str, np.ndarray]) -> list[str]:
+    """Write an adapter file, which `places` renames into its place when it ends. Return the digest
+    of its content and, if there is one, of the file that it replaces. Raises OSError.
+    """
+    file = places.enter_context(atomic_write(path))
+    write_adapter(file, matrices)
+    file.flush()
+    os.fsync(file.fileno())
+    files = [Path(file.name), *([path] if path.is_file() else [])]
+    return [digest(each.read_bytes()) for each in files]
+
+
+def parse_best(state: dict[str, np.ndarray]) -> Best:
+    """Return the best validation of a state file; of an older one, that none was compared yet.
+    Raises ValueError.
+    """
+    if "best" not in state:
+        return Best(last=int(state["iteration"]))
+    return Best.from_array(state["best"], str(state["best_files"][0]))
 
 
 def recover_interrupted_save(adapter_file: str | Path) -> None:
-    """Rename adapters into the place that a kill has left to those before them, where their state
-    is in its own. Raises OSError.
+    """Rename adapters, and the best ones, into the place that a kill has left to those before them,
+    where their state is in its own. Raises OSError.
     """
-    adapter, partial = Path(adapter_file), partial_file(adapter_file)
-    if not partial.is_file():
-        return
     try:
         with np.load(sibling(adapter_file, ".state.npz")) as archive:
-            new, *old = archive["files"].tolist()
+            digests = {name: archive[name].tolist() for name in archive if name.endswith("files")}
     except Exception:  # it is missing, or damaged, which `resume` says
         return
-    untouched = not adapter.is_file() or digest(adapter.read_bytes()) in old
-    if untouched and digest(partial.read_bytes()) == new:
-        os.replace(partial, partial.with_suffix(""))
+    for name, path in (
+        ("files", Path(adapter_file)),
+        ("best_files", sibling(adapter_file, ".best.npz")),
+    ):
+        new, *old = digests.get(name, [""])
+        partial = partial_file(path)
+        untouched = not path.is_file() or digest(path.read_bytes()) in old
+        if partial.is_file() and untouched and digest(partial.read_bytes()) == new:
+            os.replace(partial, partial.with_suffix(""))

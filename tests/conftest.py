@@ -51,7 +51,9 @@ MISTRAL_TOKENIZER = Path(mistral_common.__file__).parent / "data" / "tokenizer.m
 SLOWNESS = 10 if device.TURNED else 1
 
 # What a training writes.
-RUN_FILES = ["adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz"]
+RUN_FILES = [
+    "adapters.best.npz", "adapters.log.jsonl", "adapters.npz", "adapters.png", "adapters.state.npz",
+]  # fmt: skip
 
 TINY = {
     "dim": 64,

@@ -260,9 +260,11 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
         r"Iter 1: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
         r"Iter 5: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 6: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Iter 6: lowest validation loss so far, saved to \S+adapters.best.npz",
         r"Iter 10: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 12: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 12: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
+        r"Iter 12: lowest validation loss so far, saved to \S+adapters.best.npz",
         r"Peak memory \d\.\d{3} GB",
         r"Testing",
         r"Test loss \d+\.\d{3}, Test ppl \d+\.\d{3}\.",
@@ -344,7 +346,7 @@ def test_training_replaces_no_file_that_holds_anything_else(tiny_model, data, tm
     assert Path(weights).read_bytes() == (tiny_model / "weights.npz").read_bytes()
 
 
-@pytest.mark.parametrize("suffix", [".png", ".log.jsonl", ".state.npz"])
+@pytest.mark.parametrize("suffix", [".best.npz", ".png", ".log.jsonl", ".state.npz"])
 def test_training_replaces_nothing_of_anybodys_beside_the_adapters(
     tiny_model, data, tmp_path, suffix
 ):
@@ -366,7 +368,7 @@ def test_training_says_which_files_of_another_run_it_replaces(trained, tiny_mode
     process = train_script(tiny_model, data, *flags)
     assert process.stderr.splitlines() == [
         f"lora.py: warning: another run's files are replaced: {tmp_path / 'adapters.npz'}, "
-        "adapters.state.npz, adapters.log.jsonl, adapters.png"
+        "adapters.best.npz, adapters.state.npz, adapters.log.jsonl, adapters.png"
     ]
     before = (tmp_path / "adapters.npz").read_bytes()
     resumed = train_script(
