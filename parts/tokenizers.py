@@ -28,24 +28,13 @@ GUARD = chr(0x10FFFD)
 
 
 class Tokenizer:
-    """The tokenizer of a `tokenizer.model` or `tokenizer.json`: makes the class for that file.
+    """The tokenizer of a `tokenizer.model` or `tokenizer.json`.
 
     bos_id: the token that begins a text, None for none. eos_ids: tokens that end one, of which the
     first ends the texts of a training. By default what params.json says beside the file, else what
     the file itself does. special_tokens: whether texts that name special tokens mean these.
     Raises FileNotFoundError or ValueError when the file is missing or malformed, or lacks a token.
     """
-
-    eos_id: int  # the token that ends a text of the training
-    vocab_size: int  # the number of token ids
-
-    def __new__(cls, model_path: str | Path, *arguments, **keywords):
-        if cls is Tokenizer:
-            cls = HuggingFaceTokenizer if Path(model_path).suffix == ".json" else SentencePiece
-        return super().__new__(cls)
-
-    def __getnewargs__(self) -> tuple[str]:  # for pickle
-        return (str(self.path),)
 
     def __init__(
         self,
@@ -58,15 +47,28 @@ class Tokenizer:
         if not self.path.is_file():
             raise FileNotFoundError(f"{model_path} is missing: convert the model with convert.py")
         check_content(model_path)
-        self._open()
+        kind = HuggingFace if self.path.suffix == ".json" else SentencePiece
+        self._reader = kind(self.path)
         if eos_ids is None:
-            bos_id, eos_ids = params_ids(self.path.parent) or self._own_ids()
+            bos_id, eos_ids = params_ids(self.path.parent) or self._reader.own_ids()
+        eos_ids = list(eos_ids)
         ids = [i for i in (bos_id, *eos_ids) if i is not None]
         if not eos_ids or not all(0 <= i < self.vocab_size for i in ids):
             raise ValueError(f"{model_path} has no token for the beginning or the end of a text")
-        self.bos_id, self.eos_id, self.eos_ids = bos_id, eos_ids[0], frozenset(eos_ids)
+        self.bos_id, self.eos_ids = bos_id, frozenset(eos_ids)
+        self._eos_id = eos_ids[0]
         self.special_tokens = special_tokens
-        self._hide(ids)
+        self._reader.hide(ids)
+
+    @property
+    def eos_id(self) -> int:
+        """The id of the token that ends a text of the training."""
+        return self._eos_id
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids."""
+        return self._reader.vocab_size
 
     def encode(
         self, s: str, eos: bool = False, bos: bool = True, special_tokens: bool | None = None
@@ -78,7 +80,7 @@ class Tokenizer:
         special_tokens: whether they are read; by default as the tokenizer was made.
         """
         reads = self.special_tokens if special_tokens is None else special_tokens
-        ids = self._encode(s, reads)
+        ids = self._reader.encode(s, reads)
         if bos and self.bos_id is not None and not (reads and ids[:1] == [self.bos_id]):
             ids = [self.bos_id, *ids]
         if eos and not (reads and ids[-1:] == [self.eos_id]):
@@ -87,16 +89,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Special tokens have none."""
-        raise NotImplementedError
+        return self._reader.decode(ids)
 
     def may_change(self, token: int) -> bool:
         """Whether the text of a token may yet become another by the token that follows."""
-        return False
+        return token in self._reader.changing
 
     def find_special(self, text: str) -> str | None:
         """Return the first special token that a text names; None where it names none."""
-        match = self._names.search(text)
+        match = self._reader.names.search(text)
         return match[0] if match else None
+
+
+# -------------------------------------------------------------------------------------------------
+# The readers of each file. `encode(s, reads)`: whether it reads special tokens; no token is added.
 
 
 class AddedToken(NamedTuple):
@@ -113,7 +119,7 @@ class AddedToken(NamedTuple):
     single_word: bool = False
 
 
-class SentencePiece(Tokenizer):
+class SentencePiece:
     """A SentencePiece model (Kudo and Richardson, 2018), and the tokens added to it.
 
     Where special tokens are read, the texts between them are encoded one by one, as transformers
@@ -122,12 +128,12 @@ class SentencePiece(Tokenizer):
     as mistral-common writes them out.
     """
 
-    def _open(self) -> None:
+    def __init__(self, path: Path):
         try:
-            self._model = SentencePieceProcessor(model_proto=self.path.read_bytes())
+            self._model = SentencePieceProcessor(model_proto=path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{self.path} is not a SentencePiece model: {error}") from error
-        model, folder = self._model, self.path.parent
+            raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
+        model, folder = self._model, path.parent
         own = [
             AddedToken(model.id_to_piece(i), i)
             for i in range(model.vocab_size())
@@ -138,23 +144,24 @@ class SentencePiece(Tokenizer):
         self._added = {token.id: token for token in added}
         self.vocab_size = max([self._n_pieces - 1, *self._added]) + 1
         self._tokens = {token.content: token for token in (*own, *added)}
-        self._names = any_of(t.content for t in self._tokens.values() if t.special)
-        self._words = any_of(t.content for t in added if not t.special)
         self._names_and_words = any_of(self._tokens)
         self._is_mistrals = "[INST]" in {token.content for token in own}
         config = folder / "tokenizer_config.json"
         self._legacy = not config.is_file() or read_json(config).get("legacy") is not False
         self._guard = model.encode(GUARD)
+        self.changing: set[int] = set()
 
-    def _own_ids(self) -> tuple[int | None, list[int]]:
+    def own_ids(self) -> tuple[int | None, list[int]]:
         return self._model.bos_id(), [self._model.eos_id()]
 
-    def _hide(self, ids: list[int]) -> None:
+    def hide(self, ids: list[int]) -> None:
         """Take these for special tokens too."""
-        hidden = [i for i, token in self._added.items() if token.special]
-        self._hidden = {*hidden, *(i for i in ids if i >= self._n_pieces)}
+        self._hidden = {i for i, token in self._added.items() if token.special or i in ids}
+        words = {i: token.content for i, token in self._added.items() if i not in self._hidden}
+        self._words = any_of(words.values())
+        self.names = any_of(self._tokens.keys() - words.values())
 
-    def _encode(self, s: str, reads: bool) -> list[int]:
+    def encode(self, s: str, reads: bool) -> list[int]:
         if not reads and self._words is NOTHING:
             return self._model.encode(s)
         ids, start, after_special = [], 0, False
@@ -208,19 +215,19 @@ class SentencePiece(Tokenizer):
         return self._model.decode(self._guard + ids)[len(self._model.decode(self._guard)) :]
 
 
-class HuggingFaceTokenizer(Tokenizer):
+class HuggingFace:
     """A tokenizer.json, read by Hugging Face's package `tokenizers`."""
 
-    def _open(self) -> None:
+    def __init__(self, path: Path):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # else it warns of forks
         import tokenizers
 
-        if not self.path.stat().st_size:
-            raise ValueError(f"{self.path} is empty: download it again")
+        if not path.stat().st_size:
+            raise ValueError(f"{path} is empty: download it again")
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(self.path))
+            self._model = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # which the package raises, of no other class
-            raise ValueError(f"{self.path} is no tokenizer.json: {error}") from error
+            raise ValueError(f"{path} is no tokenizer.json: {error}") from error
         self._model.no_truncation()
         self._model.no_padding()
         self._added = self._model.get_added_tokens_decoder()
@@ -228,9 +235,10 @@ class HuggingFaceTokenizer(Tokenizer):
         decoder = self._model.decoder
         spells_bytes = decoder is not None and b"ByteFallback" in decoder.__getstate__()
         names = [f"<0x{value:02X}>" for value in range(256)] if spells_bytes else []
-        self._bytes = {self._model.token_to_id(name) for name in names}
+        # Bytes that follow each other are decoded together: all U+FFFD if they are no characters.
+        self.changing = {self._model.token_to_id(name) for name in names}
 
-    def _own_ids(self) -> tuple[int | None, list[int]]:
+    def own_ids(self) -> tuple[int | None, list[int]]:
         ends = [self._model.token_to_id(name) for name in END_NAMES]
         return self.added_at_the_beginning(), [i for i in ends if i is not None][:1]
 
@@ -240,24 +248,24 @@ class HuggingFaceTokenizer(Tokenizer):
         ids = self._model.encode("a", add_special_tokens=True).ids
         return ids[0] if ids[:1] != alone[:1] else None
 
-    def _hide(self, ids: list[int]) -> None:
+    def hide(self, ids: list[int]) -> None:
         """Take these for special tokens too."""
         from tokenizers import AddedToken
 
         for token in ids:
             if not (token in self._added and self._added[token].special):
-                content = self._model.id_to_token(token)
+                content = self._model.id_to_token(token) or ""  # adds nothing
                 self._model.add_special_tokens([AddedToken(content, normalized=False)])
         self._added = self._model.get_added_tokens_decoder()
         self._hidden = {i for i, token in self._added.items() if token.special}
-        self._names = any_of(self._added[i].content for i in self._hidden)
+        self.names = any_of(self._added[i].content for i in self._hidden)
         self._forbid_special_merges()
 
     def _forbid_special_merges(self) -> None:
         """Drop merges that make a special token out of text that names it."""
         self._model.encode_special_tokens = True
         names = [self._added[i].content for i in self._hidden]
-        if self._hidden.isdisjoint(i for name in names for i in self._encode(name, False)):
+        if self._hidden.isdisjoint(i for name in names for i in self.encode(name, False)):
             return
         content = json.loads(self._model.to_str())
         merges = content["model"].get("merges", [])
@@ -267,7 +275,7 @@ class HuggingFaceTokenizer(Tokenizer):
         ]
         self._model = type(self._model).from_str(json.dumps(content))
 
-    def _encode(self, s: str, reads: bool) -> list[int]:
+    def encode(self, s: str, reads: bool) -> list[int]:
         self._model.encode_special_tokens = not reads
         return self._model.encode(s, add_special_tokens=False).ids
 
@@ -275,12 +283,6 @@ class HuggingFaceTokenizer(Tokenizer):
         """Return the text of the ids. Special tokens have none."""
         ids = [int(i) for i in ids if i not in self._hidden]
         return self._model.decode(ids, skip_special_tokens=False)
-
-    def may_change(self, token: int) -> bool:
-        """Whether the text of a token may yet become another: tokens of one byte that follow each
-        other are decoded together, and are all U+FFFD where they make no characters.
-        """
-        return token in self._bytes
 
 
 # -------------------------------------------------------------------------------------------------
