@@ -6,40 +6,49 @@ import numpy as np
 
 from parts import device, nvrtc
 from parts.kv_cache import KVCache
-from parts.merged_linear import base_linear, stack_lora
+from parts.merged_linear import base_linear, stack_biases, stack_lora
 from parts.rope import amplitude, frequency_table
 
 import mlx.core as mx
 import mlx.nn as nn
 
 THREADS = 512  # of a block
-SHARED_MEMORY = 80_000  # bytes of dynamic shared memory of a block
+SHARED_MEMORY = 82_000  # bytes of dynamic shared memory of a block
 STATIC_SHARED_MEMORY = 17_000  # bytes that attention takes, up to a head_dim of 256
 MAX_SPLITS = 16  # blocks, at most, that the positions of one head are split among
 
 
 def linear_layers(layer: nn.Module) -> tuple[nn.Module, ...]:
     """The linear layers of a transformer block, in the kernel's order."""
+    return sum(lora_groups(layer)[:2], ()) + tuple(
+        layer.feed_forward[n] for n in ("w1", "w2", "w3")
+    )
+
+
+def lora_groups(layer: nn.Module) -> list[tuple[nn.Module, ...]]:
+    """The linear layers of a transformer block, together where they have the same input."""
     attention, feed_forward = layer.attention, layer.feed_forward
-    projections = attention.wq, attention.wk, attention.wv, attention.wo
-    return *projections, feed_forward.w1, feed_forward.w2, feed_forward.w3
+    return [
+        (attention.wq, attention.wk, attention.wv),
+        (attention.wo,),
+        (feed_forward.w1, feed_forward.w3),
+        (feed_forward.w2,),
+    ]
 
 
 def kernel_constants(model: nn.Module) -> dict[str, object] | None:
-    """The macros of the kernel's source for this model. Returns None where the model has weights of
-    several kinds, LoRA after attention, or what the kernel does not compute.
+    """The macros of the kernel's source for this model; None where it has weights of several kinds,
+    or biases where the kernel adds none.
     """
     args, dtype = model.args, model.norm.weight.dtype
-    if args.attention_bias or args.qk_norm or args.sliding_window or amplitude(args.rope) != 1:
-        return None
-    linears = [base_linear(linear) for layer in model.layers for linear in linear_layers(layer)]
+    linears = [list(map(base_linear, linear_layers(layer))) for layer in model.layers]
     kinds = {
         (getattr(m, "bits", 0), getattr(m, "group_size", 1), getattr(m, "scales", m.weight).dtype)
-        for m in linears
+        for linear in linears
+        for m in linear
     }
     bits, group_size, dtype_of_one = kinds.pop()
-    after_attention = [linear for layer in model.layers for linear in linear_layers(layer)[3:]]
-    if kinds or dtype_of_one != dtype or any("lora_a" in linear for linear in after_attention):
+    if kinds or dtype_of_one != dtype or any("bias" in m for linear in linears for m in linear[3:]):
         return None
     return {
         "Number": nvrtc.NUMBER[dtype],
@@ -50,6 +59,9 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
         "N_HEADS": args.n_heads,
         "N_KV_HEADS": args.n_kv_heads,
         "HEAD_DIM": args.head_dim,
+        "HAS_BIAS": int(any("bias" in m for linear in linears for m in linear[:3])),
+        "HAS_HEAD_NORM": int("q_norm" in model.layers[0].attention),
+        "AMPLITUDE": amplitude(args.rope),
         "EPSILON": float(args.norm_eps),
         "THREADS": THREADS,
         "SHARED_MEMORY": SHARED_MEMORY,
@@ -57,18 +69,24 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
     }
 
 
-def kernel_inputs(layer: nn.Module) -> tuple[list[mx.array], int]:
-    """The arrays of a layer in the kernel's order, and the sum of its LoRA ranks."""
-    norms = [layer.attention_norm.weight, layer.ffn_norm.weight]
+def kernel_inputs(layer: nn.Module) -> tuple[list[mx.array], list[int]]:
+    """The arrays of a layer in the kernel's order, and the LoRA ranks of each of its groups."""
+    attention, dtype = layer.attention, layer.attention_norm.weight.dtype
+    unread = mx.zeros(1, dtype)  # in place of what the layer does not have
+    inputs = [layer.attention_norm.weight, layer.ffn_norm.weight]
+    inputs += [attention[n].weight if n in attention else unread for n in ("q_norm", "k_norm")]
     linears = [base_linear(linear) for linear in linear_layers(layer)]
-    weights_of_each = [list(linear.parameters().values()) for linear in linears]
-    # Layers that are not quantized have no scales and biases. Nobody reads what stands for them.
-    weights = [array for arrays in weights_of_each for array in (arrays * 3)[:3]]
-    ends = np.cumsum([len(linear.weight) for linear in linears[:3]]).tolist()
-    pair = stack_lora(linear_layers(layer)[:3], ends)
-    a, b = pair or (mx.zeros((1, 1)), mx.zeros((1, 1)))
-    lora = [mx.contiguous(a.T).astype(norms[0].dtype), b.astype(norms[0].dtype)]
-    return norms + weights + lora, len(b) if pair else 0
+    bias = stack_biases(linears[:3])
+    inputs.append(unread if bias is None else bias.astype(dtype))
+    for linear in linears:
+        inputs += [linear.get(name, unread) for name in ("weight", "scales", "biases")]
+    ranks = []
+    for group in lora_groups(layer):
+        ends = np.cumsum([len(base_linear(linear).weight) for linear in group]).tolist()
+        pair = stack_lora(group, ends)
+        inputs += [mx.contiguous(m.T.astype(dtype)) for m in pair] or [unread, unread]
+        ranks.append(len(inputs[-2]) if pair else 0)
+    return inputs, ranks
 
 
 def compiled_kernel(model: nn.Module) -> bytes | None:
@@ -79,7 +97,8 @@ def compiled_kernel(model: nn.Module) -> bytes | None:
     constants = kernel_constants(model)
     if not constants:
         return None
-    return nvrtc.compile_kernels(nvrtc.read_source("decoder_cuda.cu"), tuple(constants.items()))
+    source = nvrtc.read_source("decoder_products.cuh", "decoder_cuda.cu")
+    return nvrtc.compile_kernels(source, tuple(constants.items()))
 
 
 def kernel_layers(model: nn.Module) -> Callable | None:
@@ -103,22 +122,24 @@ def kernel_layers(model: nn.Module) -> Callable | None:
 
     @mx.compile
     def run(
-        x: mx.array, position: mx.array, states: list[list[mx.array]], previous: mx.array
+        x: mx.array, place: mx.array, states: list[list[mx.array]], previous: mx.array
     ) -> mx.array:
         for (arrays, ranks), (keys, values) in zip(layers, states, strict=True):
             x, *_ = mx.fast.precompiled_cuda_kernel(
                 name="decoder_layer",
                 compiled_source=code,
-                inputs=[x, position, *arrays, keys, values, frequencies, barrier, previous],
+                inputs=[x, place, *arrays, keys, values, frequencies, barrier, previous],
                 output_shapes=[
                     x.shape,
-                    (n_projected + ranks,),
+                    (n_projected,),
                     (n_split_floats,),
                     x.shape,
                     (args.hidden_dim,),
+                    (sum(ranks) + 1,),
+                    (len(ranks),),
                 ],
-                output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype],
-                scalars=[ranks, keys.shape[2]],
+                output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype, mx.float32, mx.uint64],
+                scalars=[*ranks, keys.shape[2]],
                 grid=(n_multiprocessors * THREADS, 1, 1),
                 threadgroup=(THREADS, 1, 1),
                 shared_memory=SHARED_MEMORY,
@@ -130,9 +151,18 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     def run_layers(x: mx.array, caches: list[KVCache]) -> mx.array:
         nonlocal previous  # the layers' output for the last token, so that this one's come after
         states = [cache.state for cache in caches]
-        previous = run(x, mx.array(caches[0].offset), states, previous)
+        previous = run(x, mx.array(place_of_next(caches[0])), states, previous)
         for cache in caches:
             cache.offset += 1  # the kernel has written keys and values
         return previous
 
     return run_layers
+
+
+def place_of_next(cache: KVCache) -> list[int]:
+    """The position of the next token; the first place of the cache that it sees, and the first that
+    is free.
+    """
+    free = cache.n_filled
+    first = 0 if cache.window is None else max(0, free + 1 - cache.window)
+    return [cache.offset, first, free]

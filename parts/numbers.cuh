@@ -18,3 +18,6 @@ struct Bfloat16 {
     __device__ Bfloat16(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
     __device__ operator float() const { return __uint_as_float(unsigned(bits) << 16); }
 };
+
+template <class T> constexpr bool IS_FLOAT16 = false;
+template <> constexpr bool IS_FLOAT16<Float16> = true;

@@ -32,11 +32,11 @@ def attribute(number: int) -> int:
 
 
 @lru_cache
-def read_source(name: str) -> str:
-    """The text of the kernels in the file `name` of this folder, after that of numbers.cuh. An
-    error of the compiler names the file and the line.
+def read_source(*names: str) -> str:
+    """The text of the kernels in these files of this folder, after that of numbers.cuh. An error of
+    the compiler names the file and the line.
     """
-    texts = ((file, (FOLDER / file).read_text("utf-8")) for file in ("numbers.cuh", name))
+    texts = ((file, (FOLDER / file).read_text("utf-8")) for file in ("numbers.cuh", *names))
     return "".join(f'#line 1 "parts/{file}"\n{text}' for file, text in texts)
 
 

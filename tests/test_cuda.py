@@ -129,6 +129,31 @@ float __shfl_xor_sync(unsigned, float x, int distance) {
     return other;
 }
 
+// The tensor cores' product, of what each lane of a warp holds (PTX's manual, mma.m16n8k16).
+static unsigned fragments[THREADS][6];
+
+float half_of(unsigned word, int which, bool is_float16) {
+    unsigned short bits = word >> 16 * which;
+    return is_float16 ? float(std::bit_cast<_Float16>(bits)) : __uint_as_float(unsigned(bits) << 16);
+}
+
+void multiply_fragments(float* c, const unsigned* a, unsigned b0, unsigned b1, bool is_float16) {
+    auto& warp = warps[threadIdx.x / 32];
+    unsigned* own = fragments[threadIdx.x];
+    std::copy(a, a + 4, own), own[4] = b0, own[5] = b1;
+    warp.arrive_and_wait();
+    int lane = threadIdx.x % 32, first = threadIdx.x - lane;
+    for (int i = 0; i < 4; i++) {
+        int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; k++) {
+            unsigned of_a = fragments[first + row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2];
+            unsigned of_b = fragments[first + column * 4 + k % 8 / 2][4 + k / 8];
+            c[i] += half_of(of_a, k % 2, is_float16) * half_of(of_b, k % 2, is_float16);
+        }
+    }
+    warp.arrive_and_wait();
+}
+
 struct Address {
     void* address;
     template <class T> operator T*() const { return static_cast<T*>(address); }
@@ -140,7 +165,11 @@ ASSEMBLY_OF_NUMBERS = {
     r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
 }
 ASSEMBLY_OF_THE_DECODER = {
-    r'asm volatile\("ld\.acquire.*?\);': "now = std::atomic_ref(*barrier).load(), sched_yield();",
+    r'asm volatile\("ld\.acquire.*?\);': (
+        "now = std::atomic_ref(*counter).load(), sched_yield(), let_others_run();"
+    ),
+    r'asm\("mma\.sync[^;]*f32\.f16\.f16.*?\)\);': "multiply_fragments(c, a, b0, b1, true);",
+    r'asm\("mma\.sync[^;]*f32\.bf16\.bf16.*?\)\);': "multiply_fragments(c, a, b0, b1, false);",
     r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
 }
 BEHIND = """
