@@ -25,7 +25,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 import lora
-from models import Model, ModelArgs, add_lora, quantizable
+from models import LoRALinear, Model, ModelArgs, add_lora, quantizable
 
 N_BLOCKS, THREADS = 5, 64
 pytestmark = [
@@ -134,7 +134,8 @@ static unsigned fragments[THREADS][6];
 
 float half_of(unsigned word, int which, bool is_float16) {
     unsigned short bits = word >> 16 * which;
-    return is_float16 ? float(std::bit_cast<_Float16>(bits)) : __uint_as_float(unsigned(bits) << 16);
+    if (is_float16) return std::bit_cast<_Float16>(bits);
+    return __uint_as_float(unsigned(bits) << 16);
 }
 
 void multiply_fragments(float* c, const unsigned* a, unsigned b0, unsigned b1, bool is_float16) {
@@ -300,39 +301,86 @@ ARGS = ModelArgs(
 )
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits", "adapted"),
-    [
-        ("float32", 16, False),
-        ("float32", 16, True),
-        ("float32", 8, True),
-        ("float16", 16, True),
-        ("float16", 4, False),
-        ("float16", 4, True),
-    ],
-)
-def test_the_kernel_gives_the_logits_of_the_model(dtype, bits, adapted, emulated_cuda, monkeypatch):
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+FAMILIES = {
+    "llama": {},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 5e5},
+    "llama3.2": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 128},
+    "mistral": {"sliding_window": 100},
+    "qwen2": {"attention_bias": True, "sliding_window": 20, "n_heads": 3, "n_kv_heads": 3},
+    "qwen3": {"qk_norm": True, "rope_scaling": YARN, "dim": 96},
+}
+
+
+def random_model(args: ModelArgs, dtype: str, bits: int, adapted: bool) -> Model:
+    """With biases and norms that are not those of a new model, and LoRA in all of the last layer's
+    projections, each with a rank and a scale of its own.
+    """
     mx.random.seed(1)
-    model = Model(ARGS).eval()
+    model = Model(args).eval()
+    for layer in model.layers:
+        attention = layer.attention
+        for norm in (n for n in ("q_norm", "k_norm") if n in attention):
+            attention[norm].weight = mx.random.uniform(0.5, 1.5, attention[norm].weight.shape)
+        for linear in (attention.wq, attention.wk, attention.wv):
+            if "bias" in linear:
+                linear.bias = mx.random.normal(linear.bias.shape)
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         nn.quantize(model, 32, bits, class_predicate=quantizable)
-    if adapted:
-        add_lora(model, [1])
-        for name in ("wq", "wv"):
-            adapter = model.layers[1].attention[name]
-            adapter.lora_b = mx.random.normal(adapter.lora_b.shape) * 0.3
+    last = model.layers[-1]
+    for i, name in enumerate(("wq", "wk", "wv", "wo", "w1", "w2", "w3") if adapted else ()):
+        block = last.attention if name in last.attention else last.feed_forward
+        block[name] = LoRALinear.from_linear(block[name], rank=3 + i)
+        block[name].scale = 1 + i / 4
+        block[name].lora_b = mx.random.normal(block[name].lora_b.shape) * 0.3
+    mx.eval(model.parameters())
+    return model
+
+
+def decoded(model: Model, tokens: mx.array, n_cached: int) -> mx.array:
+    """The logits after each of the tokens from `n_cached` on, then those after the first alone."""
+    _, cache = model(tokens[:, :n_cached])
+    decoder = Decoder(model, cache)
+    logits = [decoder(tokens[:, i : i + 1]) for i in range(n_cached, tokens.shape[1])]
+    mx.eval(logits)
+    logits.append(Decoder(model)(tokens[:, :1]))
+    return mx.stack(logits, 1).astype(mx.float32)
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "bits", "adapted"),
+    [
+        ("llama", "float32", 16, False),
+        ("llama", "float16", 16, True),
+        ("llama", "float16", 4, False),
+        ("llama3", "float32", 8, True),
+        ("llama3.2", "float16", 4, True),
+        ("mistral", "float32", 16, True),
+        ("qwen2", "bfloat16", 4, True),
+        ("qwen2", "float32", 4, False),
+        ("qwen3", "float32", 16, True),
+    ],
+)
+def test_the_kernel_gives_the_logits_of_the_model(
+    family, dtype, bits, adapted, emulated_cuda, monkeypatch
+):
+    model = random_model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}), dtype, bits, adapted)
     monkeypatch.setattr(kv_cache, "STEP", 256)
     tokens = mx.random.randint(0, 50, (1, 257))
-    expected, _ = model(tokens)
-    _, cache = model(tokens[:, :255])
 
-    decoder = Decoder(model, cache)
-    logits = [decoder(tokens[:, i : i + 1]) for i in (255, 256)]  # the cache grows at 256
-    logits.append(Decoder(model)(tokens[:, :1]))
-    expected = expected[:, [255, 256, 0]].astype(mx.float32)
-    tolerance = mx.abs(expected).max().item() * (2e-3 if dtype == "float16" else 1e-5)
-    actual = mx.stack(logits, 1).astype(mx.float32)
+    actual = decoded(model, tokens, 255)  # the cache grows at 256
+    model.set_dtype(mx.float32)
+    expected = model(tokens)[0][:, [255, 256, 0]]
+    tolerance = {"float32": 1e-5, "float16": 3e-3, "bfloat16": 3e-2}[dtype]
+    tolerance *= mx.abs(expected).max().item()
     np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
     assert emulated_cuda == ["decoder_layer"] * 3 * ARGS.n_layers
 
