@@ -112,11 +112,11 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False
     batch, length, heads, head_dim = x.shape
     if device.ON_CPU:
         return ops_cpu.rope(x, offset, rope)
+    if training and ops_cuda.has_kernels(x):
+        return ops_cuda.rope(x, offset, rope)
     factor = amplitude(rope)
     if factor != 1:
         x = x * factor
-    if training and ops_cuda.has_kernels(x):
-        return ops_cuda.rope(x, offset, rope)
     if length > 1:  # one for each row: MLX then takes x as it lies
         offset = mx.tile(mx.arange(offset, offset + length), batch)
     options = {"traditional": True, "base": rope.theta, "scale": 1.0, "offset": offset}

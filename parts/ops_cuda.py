@@ -3,7 +3,7 @@
 import numpy as np
 
 from parts import device, nvrtc
-from parts.rope import Rope, frequency_table
+from parts.rope import Rope, amplitude, frequency_table
 
 import mlx.core as mx
 
@@ -40,6 +40,11 @@ def run_kernel(
     )
 
 
+def float_bits(x: float) -> int:
+    """The bits of a float32 as an integer: MLX passes integers alone to a kernel."""
+    return np.float32(x).view(np.int32).item()
+
+
 def swiglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> list[mx.array]:
     """The gradients of gate and up in `silu(gate) * up`, all of one shape and dtype."""
     return run_kernel("swiglu_gradients", gate.size // 8, [gate, up, cotangent], 2)
@@ -60,19 +65,18 @@ def rms_norm_residual(x: mx.array, weight: mx.array, eps: float) -> tuple[mx.arr
     ) -> mx.array:
         inputs, dim = [x, weight, *cotangents], x.shape[-1]
         n_threads = x.size // dim * 32
-        epsilon_bits = np.float32(eps).view(np.int32).item()  # MLX passes integers alone
-        return run_kernel("rms_norm_gradient", n_threads, inputs, 1, dim, epsilon_bits)[0]
+        return run_kernel("rms_norm_gradient", n_threads, inputs, 1, dim, float_bits(eps))[0]
 
     return both(x)
 
 
 def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
-    """See `ops.rope`, which applies the amplitude; for training."""
+    """See `ops.rope`; for training."""
     _, length, heads, head_dim = x.shape
-    frequencies = frequency_table(rope)
+    frequencies, amplitude_bits = frequency_table(rope), float_bits(amplitude(rope))
 
     def rotate(x: mx.array, direction: int) -> mx.array:
-        sizes = length, heads, head_dim, offset, direction
+        sizes = length, heads, head_dim, offset, direction, amplitude_bits
         return run_kernel("rope", x.size // 8, [x, frequencies], 1, *sizes)[0]
 
     @mx.custom_function

@@ -402,15 +402,15 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     assert "decoder_layer" not in emulated_cuda
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize(("checkpoint", "family"), [(False, "llama"), (True, "qwen3")])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 3e-2)]
 )
 def test_a_training_step_has_the_gradients_of_the_plain_network(
-    dtype, tolerance, checkpoint, emulated_cuda, monkeypatch
+    dtype, tolerance, checkpoint, family, emulated_cuda, monkeypatch
 ):
     mx.random.seed(1)
-    model = Model(ARGS)
+    model = Model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}))
     add_lora(model, [0, 1])
     randomly = lambda path, value: mx.random.normal(value.shape) * 0.3  # noqa: E731
     model.update(tree_map_with_path(randomly, model.trainable_parameters()))
