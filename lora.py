@@ -27,14 +27,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from parts import adapters, cli, device, model_folder, run_log  # before MLX, for its BLAS
+from parts import adapters, cli, device, dropout, model_folder, run_log  # before MLX
 from parts.adapters import from_vector, to_vector
 from parts.batches import bucket_lengths, pad_batch
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.decoder import generate_step
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, add_update_flags, check_arguments
+from parts.flags import adapter_to_load, add_lora_flags, add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = training.add_argument
     add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
     add("--lora-layers", type=COUNT, default=16, help="layers to adapt, from the top")
+    add_lora_flags(add)
     add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
     duration = training.add_mutually_exclusive_group().add_argument
     duration("--iters", type=COUNT, default=1000, help="steps to train in all")
@@ -324,7 +325,7 @@ def make_step(
 
     max_grad_norm: scales gradients down to this norm, over all matrices, where it is above.
     """
-    loss_and_grad = nn.value_and_grad(model, loss)
+    loss_and_grad = dropout.with_keys(nn.value_and_grad(model, loss))
     vector = {"lora": to_vector(model.trainable_parameters())}
     optimizer.init(vector)
     state = [model.state, optimizer.state, vector]
@@ -380,10 +381,11 @@ def train(
     state, log = start_run(model, train_set.encode(tokenizer), optimizer, args, ranks)
     meter, done = state.meter, state.meter.iteration
     step = make_step(model, optimizer, loss, streams, ranks, args.max_grad_norm)
+    skip = done * args.grad_accumulation
     batches = iterate_batches(
-        train_set, tokenizer, args.batch_size, train=True, seed=args.seed,
-        skip=done * args.grad_accumulation,
-    )  # fmt: skip
+        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=skip
+    )
+    batches = dropout.add_keys(batches, args.lora_dropout, args.seed, skip)
     update = accumulated(step, batches, args.grad_accumulation)
     iterations = range(done + 1, args.iters + 1)
     bar = tqdm(iterations, "Training", total=args.iters, initial=done, disable=None)
@@ -489,13 +491,18 @@ def load_model(
     return model, tokenizer
 
 
-def load_adapter(model: Model, path: str | Path, ranks: Ranks = SINGLE) -> None:
+def load_adapter(
+    model: Model, path: str | Path, ranks: Ranks = SINGLE, dropout: float = 0.0
+) -> None:
     """Wrap the layers that rank 0's adapter file names, and put its matrices into them.
 
     Raises OSError, or ValueError, which names the file and the key, when it does not fit the model.
     """
-    matrices = adapters.parse_adapter(ranks.read(path) or b"", path)
-    add_lora(model, *adapters.adapted_layers(matrices, len(model.layers), path))
+    content = ranks.read(path) or b""
+    matrices = adapters.parse_adapter(content, path)
+    scale = adapters.parse_scale(content, path)
+    for what in adapters.adapted_layers(matrices, len(model.layers), path):
+        add_lora(model, *what, scale, dropout)
     adapters.put_matrices(model, matrices, path)
 
 
@@ -516,9 +523,10 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
     if adapter is not None:
-        load_adapter(model, adapter, ranks)
+        load_adapter(model, adapter, ranks, args.lora_dropout)
     elif args.train:
-        add_lora(model, top_layers(model, args.lora_layers))
+        what = args.lora_projections, args.lora_rank, args.lora_scale, args.lora_dropout
+        add_lora(model, top_layers(model, args.lora_layers), *what)
     say(f"Total parameters {model_folder.count_parameters(model) / 1e6:.3f}M")
     if args.train:
         n_trainable = sum(v.size for _, v in tree_flatten(model.trainable_parameters()))

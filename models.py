@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import ops
+from parts.adapters import LORA_SCALE, PROJECTIONS
+from parts.dropout import drop
 from parts.kv_cache import KVCache
 from parts.rope import Rope, make_rope
 
@@ -20,7 +22,6 @@ import mlx.nn as nn
 
 LORA_PROJECTIONS = ("wq", "wv")
 LORA_RANK = 8
-LORA_SCALE = 2.0
 
 
 @dataclass
@@ -118,19 +119,33 @@ class LoRALinear(nn.Module):
     """
 
     @staticmethod
-    def from_linear(linear: nn.Linear | nn.QuantizedLinear, rank: int = 8) -> "LoRALinear":
+    def from_linear(
+        linear: nn.Linear | nn.QuantizedLinear,
+        rank: int = 8,
+        scale: float = LORA_SCALE,
+        dropout: float = 0.0,
+    ) -> "LoRALinear":
         """Wrap `linear`; with `lora_b` at zero the result computes what `linear` does."""
         output_dims, input_dims = linear.weight.shape
         if isinstance(linear, nn.QuantizedLinear):
             input_dims = linear.scales.shape[1] * linear.group_size
-        lora = LoRALinear(input_dims, output_dims, rank)
+        lora = LoRALinear(input_dims, output_dims, rank, scale, dropout)
         lora.linear = linear
         return lora
 
-    def __init__(self, input_dims: int, output_dims: int, rank: int = 8, scale: float = LORA_SCALE):
+    def __init__(
+        self,
+        input_dims: int,
+        output_dims: int,
+        rank: int = 8,
+        scale: float = LORA_SCALE,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.linear = Linear(input_dims, output_dims)
         self.scale = scale
+        self.dropout = dropout  # the share of the input's values that lora_a does not see
+        self._keys = None  # (B, 2) of a training step, by `parts.dropout`; without, all are seen
         bound = 1 / math.sqrt(input_dims)
         self.lora_a = mx.random.uniform(-bound, bound, (input_dims, rank))
         self.lora_b = mx.zeros((rank, output_dims))
@@ -138,18 +153,30 @@ class LoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., input_dims) to (..., output_dims), in the dtype that the wrapped layer returns."""
         y = self.linear(x)
+        if self._keys is not None:
+            x = drop(x, self.dropout, self._keys)
         # The float32 matrices are cast: as they are, they would make everything after it float32.
         a, b = self.lora_a.astype(y.dtype), self.lora_b.astype(y.dtype)
         return mx.addmm(y, x @ a, b * self.scale)
 
 
-def add_lora(model: nn.Module, layers: list[int], rank: int = LORA_RANK) -> None:
-    """Freeze the model, and wrap the LORA_PROJECTIONS of the given layers with LoRA matrices."""
+def add_lora(
+    model: nn.Module,
+    layers: list[int],
+    projections: tuple[str, ...] | list[str] = LORA_PROJECTIONS,
+    rank: int = LORA_RANK,
+    scale: float = LORA_SCALE,
+    dropout: float = 0.0,
+) -> None:
+    """Freeze the model, and wrap these projections of the given layers with LoRA matrices. Those
+    that it has already stay, and are trained.
+    """
     model.freeze()
+    model.unfreeze(keys=["lora_a", "lora_b"])
     for i in layers:
-        attention = model.layers[i].attention
-        for name in LORA_PROJECTIONS:
-            attention[name] = LoRALinear.from_linear(attention[name], rank)
+        for name in projections:
+            block = model.layers[i][PROJECTIONS[name]]
+            block[name] = LoRALinear.from_linear(block[name], rank, scale, dropout)
 
 
 def top_layers(model: nn.Module, n: int) -> list[int]:

@@ -35,6 +35,7 @@ steps             when the pieces of a training step run: batches summed, ranks,
 schedules         how many updates, the learning rate of each, the optimizer
 best              the best validation of a run, and how long ago that was
 adapters          the adapter file: read, check, write
+dropout           masks of LoRA's inputs, the same at each run
 save_and_resume   crash-safe save and resume
 run_log           steps and seconds, lines and summaries, the log file, the plot
 run_files         the files that a training writes, and whether those in their places are one's

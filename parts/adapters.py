@@ -1,13 +1,18 @@
 """The adapter: its file, adapters.npz, and its matrices as one vector.
 
 The file holds the LoRA matrices and nothing else, float32, under their parameter paths in the model
-(`layers.24.attention.wq.lora_a`), as `numpy.savez` writes them. Layers and rank are the file's own.
+(`layers.24.attention.wq.lora_a`), as `numpy.savez` writes them. Layers, projections and rank are
+the file's own, by its keys and shapes. A scale other than 2.0 is in the archive's comment, as JSON,
+which readers of NumPy's format pass over: `{"scale": 4.0}`.
 """
 
 import io
+import json
+import math
 import os
 import re
 import zipfile
+from collections import defaultdict
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +27,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 KEY = re.compile(r"layers\.(0|[1-9]\d{0,3})\.([a-z_]\w*(?:\.\w+)*)\.lora_[ab]")
+PROJECTIONS = {  # the linear layers of a transformer block, and where in it they are
+    **dict.fromkeys(("wq", "wk", "wv", "wo"), "attention"),
+    **dict.fromkeys(("w1", "w2", "w3"), "feed_forward"),
+}
+LORA_SCALE = 2.0  # of a file that does not tell its scale
 FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
 
 
@@ -46,6 +56,8 @@ def parse_adapter(content: bytes, path: str | Path) -> dict[str, np.ndarray]:
             raise ValueError(f"{name} in {path} is not a matrix of floats")
         with np.errstate(over="ignore"):
             matrices[name] = matrix.astype(np.float32)
+        if not matrix.size:
+            raise ValueError(f"{name} in {path} is empty: train again")
         if not np.isfinite(matrices[name]).all():
             raise ValueError(f"{name} in {path} is not finite: train again")
     if not matrices:
@@ -61,21 +73,51 @@ def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
     return parse_adapter(Path(path).read_bytes(), path)
 
 
+def parse_scale(content: bytes, path: str | Path) -> float:
+    """Return the scale that an adapter file's content tells, or the one that goes without saying.
+
+    Raises ValueError, which names `path`, when it is no number above 0.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        comment = archive.comment
+    try:
+        settings = json.loads(comment or b"{}")
+    except (ValueError, RecursionError):  # another tool's words
+        return LORA_SCALE
+    scale = settings.get("scale", LORA_SCALE) if isinstance(settings, dict) else LORA_SCALE
+    is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
+    if not is_number or not 0 < scale < math.inf:
+        raise ValueError(f"the scale in {path} is {scale!r}, and not a number above 0")
+    return float(scale)
+
+
 def adapted_layers(
     matrices: dict[str, np.ndarray], n_layers: int, path: str | Path
-) -> tuple[list[int], int]:
-    """Return which layers of the model the matrices adapt, and their rank.
+) -> list[tuple[list[int], list[str], int]]:
+    """Return what of a model the matrices adapt: layers, and of these the projections and their
+    rank. Where layers differ, there are several such groups.
 
-    Raises ValueError where the model, of `n_layers` layers, has too few.
+    Raises ValueError where the model, of `n_layers` layers, has too few, or no such projection.
     """
-    layers = sorted({int(KEY.fullmatch(name)[1]) for name in matrices})
-    if layers[-1] >= n_layers:
-        raise ValueError(
-            f"{path} adapts layer {layers[-1]} of a model that has {n_layers} layers: "
-            "use the model that it was trained on"
-        )
-    ranks = (matrix.shape[name.endswith("lora_a")] for name, matrix in matrices.items())
-    return layers, max(ranks)
+    layers_of = defaultdict(set)  # by projection and rank
+    for name, matrix in matrices.items():
+        layer, module = KEY.fullmatch(name).groups()
+        block, _, projection = module.rpartition(".")
+        if PROJECTIONS.get(projection) != block:
+            raise ValueError(
+                f"{path} holds {name}, which is no LoRA matrix of {', '.join(PROJECTIONS)}"
+            )
+        if int(layer) >= n_layers:
+            raise ValueError(
+                f"{path} adapts layer {layer} of a model that has {n_layers} layers: "
+                "use the model that it was trained on"
+            )
+        if name.endswith("lora_a"):
+            layers_of[projection, matrix.shape[1]].add(int(layer))
+    projections_of = defaultdict(list)  # by layers and rank
+    for (projection, rank), layers in layers_of.items():
+        projections_of[tuple(sorted(layers)), rank].append(projection)
+    return [(list(layers), names, rank) for (layers, rank), names in projections_of.items()]
 
 
 def put_matrices(model: nn.Module, matrices: dict[str, np.ndarray], path: str | Path) -> None:
@@ -85,9 +127,9 @@ def put_matrices(model: nn.Module, matrices: dict[str, np.ndarray], path: str | 
     """
     expected = dict(tree_flatten(model.trainable_parameters()))
     for name in matrices:
-        if name not in expected:
-            names = " or ".join(dict.fromkeys(path.split(".")[-2] for path in expected))
-            raise ValueError(f"{path} holds {name}, which is no LoRA matrix of {names}")
+        if name not in expected:  # its lora_a decides what the model trains
+            pair = name.removesuffix("lora_b") + "lora_a"
+            raise ValueError(f"{path} lacks {pair}: the file is not whole, train again")
     for name in expected:
         if name not in matrices:
             raise ValueError(f"{path} lacks {name}: the file is not whole, train again")
@@ -155,9 +197,39 @@ def to_numpy(tree: dict) -> dict[str, np.ndarray]:
     return {name: np.array(value, np.float32) for name, value in tree_flatten(tree)}
 
 
-def write_adapter(file: BinaryIO, matrices: dict[str, np.ndarray]) -> None:
-    """Write the matrices into an open file. Raises OSError."""
-    np.savez(file, **matrices)
+def write_adapter(
+    file: BinaryIO, matrices: dict[str, np.ndarray], scale: float = LORA_SCALE
+) -> None:
+    """Write the matrices, and their scale, into an open file, in NumPy's format. Raises OSError."""
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, matrix in matrices.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, matrix)
+        if scale != LORA_SCALE:
+            archive.comment = json.dumps({"scale": scale}).encode()
+
+
+def scale_of(model: nn.Module) -> float:
+    """Return the scale of the model's LoRA matrices, which is the same for all."""
+    return next((m.scale for m in model.modules() if "lora_a" in m), LORA_SCALE)
+
+
+def describe_lora(model: nn.Module) -> str:
+    """Return what of the model is adapted: "rank 8 in wq wv of 16 of 32 layers"."""
+    adapted = [
+        (i, name, layer[block][name])
+        for i, layer in enumerate(model.layers)
+        for name, block in PROJECTIONS.items()
+        if "lora_a" in layer[block][name]
+    ]
+    names = [name for name in PROJECTIONS if name in {name for _, name, _ in adapted}]
+    ranks = sorted({linear.lora_a.shape[1] for *_, linear in adapted})
+    scale = scale_of(model)
+    times = f" times {scale:g}" if scale != LORA_SCALE else ""
+    return (
+        f"rank {' and '.join(map(str, ranks))}{times} in {' '.join(names)} of "
+        f"{len({i for i, *_ in adapted})} of {len(model.layers)} layers"
+    )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -19,7 +19,44 @@ RATE = cli.number(float, lambda r: r > 0, "a number above 0")
 NOT_NEGATIVE = cli.number(float, lambda x: x >= 0, "a number of at least 0")
 EPOCHS = cli.number(float, lambda n: 0 < n <= 1e6, "a number above 0 and up to a million")
 UPDATES = cli.number(int, lambda n: 0 <= n <= sys.maxsize, "a whole number of at least 0")
+SHARE = cli.number(float, lambda p: 0 <= p < 1, "a number from 0 to below 1")
+RANK = cli.number(int, lambda n: 1 <= n <= 4096, "a whole number from 1 to 4096")
+SCALE = cli.number(float, lambda s: 0 < s <= 1e4, "a number above 0 and up to 10000")
 SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+class Projections(argparse.Action):
+    """Store the projections, each once and in the order of the block; `all` stands for all."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: list[str],
+        option_string: str | None = None,
+    ) -> None:
+        chosen = [name for name in adapters.PROJECTIONS if name in values or "all" in values]
+        setattr(namespace, self.dest, chosen)
+
+
+def add_lora_flags(add: Callable) -> None:
+    """Add the flags of LoRA that the documented example does not have.
+
+    add: `add_argument` of their group.
+    """
+    add(
+        "--lora-projections",
+        nargs="+",
+        action=Projections,
+        choices=[*adapters.PROJECTIONS, "all"],
+        default=["wq", "wv"],
+        metavar="NAME",
+        help="what to adapt in each of these layers: any of wq wk wv wo (attention) and w1 w2 w3 "
+        "(feed-forward), or all (default: wq wv)",
+    )
+    add("--lora-rank", type=RANK, default=8, help="columns of A, rows of B")
+    add("--lora-scale", type=SCALE, default=adapters.LORA_SCALE, help="the factor of x A B")
+    add("--lora-dropout", type=SHARE, default=0.0, help="share of x that A does not see in a step")
 
 
 def add_update_flags(add: Callable) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.adapters import describe_lora
 from parts.cli import warn
 from parts.files import atomic_write
 from parts.run_files import PLOT_TITLE, parse_entry, sibling
@@ -48,7 +49,6 @@ def announce(
 
     train_rows: the token ids of each text.
     """
-    n_adapted = sum("lora_a" in layer.attention.wq for layer in model.layers)
     n_tokens = sum(len(row) - 1 for row in train_rows)
     n_rows = min(args.batch_size, len(train_rows))
     n_batches = args.grad_accumulation  # of an update
@@ -59,8 +59,8 @@ def announce(
     for bits in {m.bits for m in model.modules() if isinstance(m, nn.QuantizedLinear)}:
         dtype += f", {bits} bits a weight"
     say(
-        f"On {mx.default_device().type.name}{on} in {dtype}: LoRA in {n_adapted} of "
-        f"{len(model.layers)} layers; {len(train_rows)} texts, {n_tokens} tokens; {args.iters} "
+        f"On {mx.default_device().type.name}{on} in {dtype}: LoRA of "
+        f"{describe_lora(model)}; {len(train_rows)} texts, {n_tokens} tokens; {args.iters} "
         f"iterations of {rows}, {args.iters / steps:.2f} epochs"
     )
     if args.iters < steps:

@@ -14,7 +14,8 @@ best adapters are a third. The protocol of a save:
 A better validation is saved at once, so that the best adapters are never newer than the state.
 
 The state is all that a run needs to continue as if it had never been interrupted. Training draws no
-random numbers but those of the data's order, which depends on the seed and the epoch alone.
+random numbers but those of the data's order, which depends on the seed and the epoch alone, and of
+dropout, which depends on the seed and the batch's number alone.
 """
 
 import argparse
@@ -30,7 +31,14 @@ from typing import NamedTuple
 import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.adapters import parse_adapter, to_numpy, to_vector, write_adapter
+from parts.adapters import (
+    LORA_SCALE,
+    parse_adapter,
+    scale_of,
+    to_numpy,
+    to_vector,
+    write_adapter,
+)
 from parts.best import Best
 from parts.cli import warn
 from parts.files import atomic_write, digest, partial_file
@@ -45,12 +53,17 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 DECISIVE_FLAGS = (
-    "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_layers", "lr_schedule",
-    "max_grad_norm", "seed", "warmup", "weight_decay",
+    "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_dropout", "lora_layers",
+    "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "max_grad_norm", "seed", "warmup",
+    "weight_decay",
 )  # fmt: skip
 # Of the states of versions that had no such flag.
 FORMER_VALUES = {
     "--grad-accumulation": 1,
+    "--lora-dropout": 0,
+    "--lora-projections": ["wq", "wv"],
+    "--lora-rank": 8,
+    "--lora-scale": LORA_SCALE,
     "--lr-schedule": "constant",
     "--max-grad-norm": None,
     "--warmup": 0,
@@ -86,9 +99,8 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
 
 def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
     """Raise ValueError, which names the difference, where the state in `path` is of another run."""
-    saved = FORMER_VALUES | saved
     params = {**fingerprint["params.json"], **saved.get("params.json", {})}
-    saved = {**saved, "params.json": params}  # an older state does not tell all
+    saved = {**FORMER_VALUES, **saved, "params.json": params}  # an older state does not tell all
     for name, value in fingerprint.items():
         if saved.get(name, value) != value:
             was = f" ({saved.get(name)} then)" if name.startswith("--") else ""
@@ -111,6 +123,7 @@ class Snapshot(NamedTuple):
     best: Best = Best()
     start_loss: float = math.nan  # see Meter
     warned: bool = False
+    scale: float = LORA_SCALE
 
 
 class RunState:
@@ -254,6 +267,7 @@ class RunState:
             self.best,
             meter.start_loss,
             meter.warned,
+            scale_of(self.model),
         )
 
     def keep(self) -> None:
@@ -311,8 +325,8 @@ def write_run(adapter_file: str | Path, snapshot: Snapshot, fingerprint: dict) -
     state["best"], best_files = best.to_array(), [best.digest]
     with ExitStack() as places:
         if best.matrices is not None:
-            best_files = stage(places, best_path, to_numpy(best.matrices))  # 1
-        state["files"] = np.array(stage(places, adapter, matrices))  # 1
+            best_files = stage(places, best_path, to_numpy(best.matrices), snapshot.scale)  # 1
+        state["files"] = np.array(stage(places, adapter, matrices, snapshot.scale))  # 1
         state["best_files"] = np.array(best_files)
         with atomic_write(sibling(adapter, ".state.npz")) as state_file:
             np.savez(state_file, **state)  # 2, and 3 at the end of this block
@@ -322,12 +336,14 @@ def write_run(adapter_file: str | Path, snapshot: Snapshot, fingerprint: dict) -
     return best_files[0]
 
 
-def stage(places: ExitStack, path: Path, matrices: dict[str, np.ndarray]) -> list[str]:
+def stage(
+    places: ExitStack, path: Path, matrices: dict[str, np.ndarray], scale: float
+) -> list[str]:
     """Write an adapter file, which `places` renames into its place when it ends. Return the digest
     of its content and, if there is one, of the file that it replaces. Raises OSError.
     """
     file = places.enter_context(atomic_write(path))
-    write_adapter(file, matrices)
+    write_adapter(file, matrices, scale)
     file.flush()
     os.fsync(file.fileno())
     files = [Path(file.name), *([path] if path.is_file() else [])]

@@ -255,8 +255,8 @@ def test_training_prints_the_lines_that_log_readers_rely_on(trained):
         r"Trainable parameters 0\.004M",
         r"Loading datasets",
         r"Training",
-        rf"{ON_DEVICE}: LoRA in 2 of 3 layers; 24 texts, \d+ tokens; 12 iterations of 4, 2.00 "
-        r"epochs",
+        rf"{ON_DEVICE}: LoRA of rank 8 in wq wv of 2 of 3 layers; 24 texts, \d+ tokens; "
+        r"12 iterations of 4, 2.00 epochs",
         r"Iter 1: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
         r"Iter 5: Train loss \d+\.\d{3}, It/sec \d+\.\d{3}, Tokens/sec \d+\.\d{3}",
         r"Iter 6: Val loss \d+\.\d{3}, Val took \d+\.\d{3}s",
@@ -806,7 +806,7 @@ def test_malformed_data_is_one_line_that_names_file_and_line(tiny_model, tmp_pat
     ("matrices", "says"),
     [
         ({}, "holds no LoRA matrices"),
-        ({"layers.0.attention.wk.lora_a": (64, 8)}, "which is no LoRA matrix"),
+        ({"layers.0.attention.wx.lora_a": (64, 8)}, "which is no LoRA matrix"),
         ({"layers.9.attention.wq.lora_a": (64, 8)}, "adapts layer 9 of a model that has 3"),
         ({"layers.0.attention.wq.lora_a": (64, 8)}, "lacks layers.0.attention.w"),
         (

@@ -9,6 +9,7 @@ import transformers
 from conftest import TINY
 
 from parts import device, kv_cache, merged_linear
+from parts.adapters import PROJECTIONS
 from parts.decoder import Decoder, prefill
 
 import mlx.core as mx
@@ -182,21 +183,24 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
 
 
 def add_lora_to_both(
-    args: ModelArgs, theirs: transformers.LlamaForCausalLM, ours: Model
+    args: ModelArgs,
+    theirs: transformers.LlamaForCausalLM,
+    ours: Model,
+    projections: tuple[str, ...] = ("wq", "wv"),
 ) -> dict[str, torch.Tensor]:
     """Random LoRA matrices in the upper two layers of both models; gives torch's by their paths."""
     rng = np.random.default_rng(2)
-    add_lora(ours, [1, 2], rank=4)
+    add_lora(ours, [1, 2], projections, rank=4)
     matrices, leaves = {}, {}
     for i in (1, 2):
-        attention = theirs.model.layers[i].self_attn
-        for name, module, heads in (
-            ("wq", attention.q_proj, args.n_heads),
-            ("wv", attention.v_proj, None),
-        ):
-            a = rng.normal(0, 0.1, (args.dim, 4)).astype(np.float32)
-            b = rng.normal(0, 0.1, (4, module.weight.shape[0])).astype(np.float32)
-            key = f"layers.{i}.attention.{name}"
+        for name in projections:
+            path = f"{PROJECTIONS[name]}.{name}"
+            module = theirs.model.layers[i].get_submodule(HF_NAMES[path])
+            heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(name)
+            n_outputs, n_inputs = module.weight.shape
+            a = rng.normal(0, 0.1, (n_inputs, 4)).astype(np.float32)
+            b = rng.normal(0, 0.1, (4, n_outputs)).astype(np.float32)
+            key = f"layers.{i}.{path}"
             matrices[f"{key}.lora_a"], matrices[f"{key}.lora_b"] = mx.array(a), mx.array(b)
             leaf_a = leaves[f"{key}.lora_a"] = torch.tensor(a, requires_grad=True)
             leaf_b = leaves[f"{key}.lora_b"] = torch.tensor(b, requires_grad=True)
@@ -230,7 +234,7 @@ def loss_of_theirs(
 def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths):
     args = ModelArgs(**{**TINY, "vocab_size": 300})
     theirs, ours = reference(args)
-    leaves = add_lora_to_both(args, theirs, ours)
+    leaves = add_lora_to_both(args, theirs, ours, tuple(PROJECTIONS))
     tokens = np.random.default_rng(0).integers(0, 300, (2, length))
     expected = loss_of_theirs(theirs, tokens, lengths)
     expected.backward()
@@ -241,6 +245,7 @@ def test_lora_gradients_equal_torch_autograd_of_the_same_formula(length, lengths
     )
     assert n_tokens.item() == sum(lengths)
     assert value.item() == pytest.approx(expected.item(), abs=1e-5)
+    assert len(leaves) == 2 * 7 * 2
     for key, leaf in leaves.items():
         gradient = gradients
         for part in key.split("."):
