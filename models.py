@@ -8,11 +8,12 @@ H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import ops
 from parts.adapters import LORA_SCALE, PROJECTIONS
+from parts.config_values import check_values
 from parts.dropout import drop
 from parts.kv_cache import KVCache
 from parts.rope import Rope, make_rope
@@ -50,42 +51,20 @@ class ModelArgs:
     eos_ids: list[int] | None = None  # of those that end it
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if value is None and field.default is None:
-                continue
-            if not is_possible(field.name, field.type, value):
-                raise ValueError(f"{field.name} is {value!r}")
+        check_values(self, may_be_zero={"bos_id", "eos_ids"}, limits={"n_layers": 1000})
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"n_heads {self.n_heads} is no multiple of n_kv_heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd")
-        for token in (self.bos_id, *(self.eos_ids or ())):
-            if token is not None and token >= self.vocab_size:
-                raise ValueError(f"token {token} is beyond vocab_size {self.vocab_size}")
-        _ = self.rope  # which checks what describes it
+        if self.bos_id is not None and self.bos_id >= self.vocab_size:
+            raise ValueError(f"bos_id {self.bos_id} is beyond vocab_size {self.vocab_size}")
+        _ = self.rope  # it checks its description
 
     @property
     def rope(self) -> Rope:
         """What decides the angles of rotary positions."""
         context = self.max_position_embeddings
         return make_rope(self.head_dim, self.rope_theta, self.rope_scaling, context)
-
-
-def is_possible(name: str, kind: object, value: object) -> bool:
-    """Whether `value` may be that field of `ModelArgs`, of this type."""
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if name == "rope_scaling":
-        return isinstance(value, dict)
-    if name == "eos_ids":
-        return isinstance(value, list) and all(is_possible("bos_id", int, i) for i in value)
-    smallest = 0 if name == "bos_id" else 1
-    numbers = (int, float) if kind is float else int
-    if isinstance(value, bool) or not isinstance(value, numbers):
-        return False
-    limit = 1000 if name == "n_layers" else 2**31
-    return 0 < value < limit if kind is float else smallest <= value < limit
 
 
 class QuantizedLinear(nn.QuantizedLinear):
@@ -212,12 +191,12 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        self.args = args
         self.n_heads = args.n_heads
         self.n_kv_heads = args.n_kv_heads
         self.head_dim = args.head_dim
         self.scale = args.head_dim**-0.5
         self.window = args.sliding_window
+        object.__setattr__(self, "rope", args.rope)  # nn.Module would keep a tuple as parameters
         self.wq = Linear(args.dim, args.n_heads * args.head_dim, args.attention_bias)
         self.wk = Linear(args.dim, args.n_kv_heads * args.head_dim, args.attention_bias)
         self.wv = Linear(args.dim, args.n_kv_heads * args.head_dim, args.attention_bias)
@@ -225,11 +204,6 @@ class Attention(nn.Module):
         if args.qk_norm:
             self.q_norm = RMSNorm(args.head_dim, args.norm_eps)
             self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
-
-    @property
-    def rope(self) -> Rope:
-        """What decides the angles of rotary positions."""
-        return self.args.rope
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
         """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""

@@ -11,7 +11,8 @@ ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
 linear_cross_entropy  the loss, without ever holding all logits
 nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
-rope              rotary positions: frequencies, and tables of cosines and sines
+config_values     whether values read from a file are what a dataclass says
+rope              rotary positions: frequencies, scaled or not, and tables of cosines and sines
 kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
 decoder           generate text: prefill, one token at a time, sampling

@@ -357,11 +357,11 @@ def test_the_frequencies_are_those_of_transformers(scaling, theta, head_dim, con
         ({"attention_bias": 1}, "attention_bias is 1"),
         ({"qk_norm": None}, "qk_norm is None"),
         ({"model_type": 3}, "model_type is 3"),
-        ({"bos_id": VOCABULARY}, f"token {VOCABULARY} is beyond"),
+        ({"bos_id": VOCABULARY}, f"bos_id {VOCABULARY} is beyond"),
         ({"bos_id": -1}, "bos_id is -1"),
         ({"eos_ids": 2}, "eos_ids is 2"),
         ({"eos_ids": [2, 2.5]}, "eos_ids is [2, 2.5]"),
-        ({"eos_ids": [2, 999]}, "token 999 is beyond"),
+        ({"eos_ids": [2, -1]}, "eos_ids is [2, -1]"),
     ],
     ids=str,
 )
