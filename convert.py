@@ -1,19 +1,26 @@
-"""Convert a PyTorch checkpoint of Llama or Mistral for MLX, and quantize it if asked.
+"""Convert a checkpoint of Llama, Mistral or Qwen for MLX, and quantize it if asked.
 
 python convert.py --torch-path mistral-7B-v0.1/ --mlx-path mistral-7B-v0.1-mlx/
-python convert.py --torch-path mistral-7B-v0.1/ --mlx-path mistral-7B-v0.1-4bit/ -q
+python convert.py --torch-path Qwen2.5-7B-Instruct/ --mlx-path qwen-4bit/ -q
 
-In: a folder with tokenizer.model and one of
-- consolidated.00.pth, or the parts consolidated.00.pth, consolidated.01.pth, ..., and params.json;
-- consolidated.safetensors and params.json;
-- model*.safetensors or pytorch_model*.bin, and config.json, as Hugging Face has them.
-Out: a folder with weights.npz (float16), params.json and tokenizer.model, for lora.py --model.
+Models: Llama 1, 2, 3, 3.1, 3.2 (1B, 3B), 3.3, CodeLlama, TinyLlama, SmolLM, Yi, DeepSeek's Llamas;
+Mistral 7B, Nemo, Small (to 2501), Mathstral, Codestral 22B; Qwen 2, 2.5 and 3 of one size.
+
+In: a folder with the weights and the tokenizer, as it is downloaded:
+- Meta's consolidated.00.pth, or its parts consolidated.00.pth, consolidated.01.pth, ..., and
+  params.json;
+- Mistral's consolidated.safetensors and params.json;
+- Hugging Face's model*.safetensors or pytorch_model*.bin, and config.json;
+- tokenizer.model (SentencePiece's, or Llama 3's), tekken.json or tokenizer.json.
+Out: a folder with weights.npz (float16), params.json, tokenizer.model or tokenizer.json, and the
+chat template if there is one, for lora.py --model. All layouts of one model give the same.
 """
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
 import argparse
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +28,20 @@ from tqdm import tqdm
 
 from parts import cli, device, model_folder, source_checkpoints  # before MLX, for its BLAS
 from parts.lazy_tensors import Shards, read_parameters
+from parts.source_tokenizers import read_source_tokenizer
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from models import Model, ModelArgs, quantizable
 
-CONTEXT = 2048  # tokens that lora.py trains on at most, unless told otherwise
+ALWAYS_WRITTEN = (
+    "model_type",
+    "max_position_embeddings",
+    "bos_id",
+    "eos_ids",
+)  # by other tools read
+SPARE_ROWS = 0.01  # of a model's tokens, that a tokenizer of its own may lack
 
 # -------------------------------------------------------------------------------------------------
 # Arguments
@@ -126,7 +140,8 @@ def quantized_names(config: dict) -> set[str]:
 
 
 def complete(params: dict, tensors: Shards) -> dict:
-    """Return the values of `ModelArgs`: those of `params`, and what the tensors' shapes imply.
+    """Return the values of `ModelArgs`: those of `params`, and what the tensors' shapes imply. Of
+    the values that have a default, only others are written, and those in `ALWAYS_WRITTEN`.
 
     Raises ValueError when a value is missing or cannot be.
     """
@@ -134,18 +149,25 @@ def complete(params: dict, tensors: Shards) -> dict:
         params = {name: value for name, value in params.items() if name != "vocab_size"}
 
     def n_rows(name: str) -> int:
-        return sum(shard.shape[0] for shard in tensors[name])
+        shards = tensors[name]
+        by_columns = name == "tok_embeddings.weight" and shards[0].shape[1:] != (params["dim"],)
+        return sum(shard.shape[0] for shard in (shards[:1] if by_columns else shards))
 
+    stored = "output.weight" if "output.weight" in tensors else "tok_embeddings.weight"
     implied = {
         "n_kv_heads": lambda: params["n_heads"],
         "head_dim": lambda: params["dim"] // params["n_heads"],
         "hidden_dim": lambda: n_rows("layers.0.feed_forward.w1.weight"),
-        "vocab_size": lambda: n_rows("output.weight"),
+        "vocab_size": lambda: n_rows(stored),
         "rope_theta": lambda: ModelArgs.rope_theta,
     }
     config = {}
-    for name, kind in ModelArgs.__annotations__.items():
+    for field in fields(ModelArgs):
+        name, kind = field.name, field.type
         if name not in model_folder.PARAMS:
+            value = params.get(name, field.default)
+            if name in ALWAYS_WRITTEN or value != field.default:
+                config[name] = value
             continue
         try:
             value = params[name] if name in params else implied[name]()
@@ -187,19 +209,23 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
     except (ValueError, OverflowError) as error:
         raise ValueError(f"{checkpoint.source}: {error}") from error
     source_checkpoints.check_tensors(checkpoint, config, shapes)
-    tokenizer = source_checkpoints.find_tokenizer(torch_path, config["vocab_size"])
+    tokenizer = read_source_tokenizer(torch_path, config["vocab_size"], checkpoint.config)
+    config.update(bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids)
+    n_spare = config["vocab_size"] - tokenizer.n_tokens
+    if n_spare > SPARE_ROWS * config["vocab_size"]:
+        cli.warn(
+            f"the model has {config['vocab_size']} tokens and {tokenizer.source} "
+            f"{tokenizer.n_tokens}: make sure that it is the model's own"
+        )
 
-    # Nothing is read before the file of the weights is written.
+    # Nothing more is read before the file of the weights is written.
     weights = show_progress(read_parameters(checkpoint.tensors, shapes), shapes)
     if args.quantize:
         config = quantized_config(config, args)
         weights = quantize_each(weights, config)
     target = mlx_path.resolve()
     model_folder.check_space(stored_bytes(shapes, config), target)
-    window = checkpoint.params.get("sliding_window")
-    if isinstance(window, int) and window < CONTEXT:
-        cli.warn(f"the model was trained to see {window} positions; here it sees all before it")
-    model_folder.write_model(target, weights, config, tokenizer)
+    model_folder.write_model(target, weights, config, tokenizer.files)
 
 
 def show_progress(
@@ -217,7 +243,8 @@ def run(args: argparse.Namespace) -> None:
     """Convert, and say what was written."""
     folder = Path(args.mlx_path)
     convert(Path(args.torch_path), folder, args)
-    size = sum((folder / name).stat().st_size for name in model_folder.FILES)
+    files = [folder / name for name in model_folder.FILES if (folder / name).is_file()]
+    size = sum(path.stat().st_size for path in files)
     print(f"Wrote {args.mlx_path}, {size / 1e6:.0f} MB", flush=True)
 
 

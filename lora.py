@@ -44,8 +44,7 @@ from parts.run_log import StepResult, say
 from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
-from parts.tokenizers import Tokenizer, load_tokenizer, special_token_warning, stream_text
-from parts.tokenizers import tokenizer_file
+from parts.tokenizers import Tokenizer, special_token_warning, stream_text
 from parts.training import (
     report_steps,
     report_validation,
@@ -470,25 +469,9 @@ def load_model(
     Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
     MemoryError when the memory does not hold the weights.
     """
-    folder = Path(folder)
-    for name in ("params.json", "weights.npz", tokenizer_file(folder).name):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder / name} is missing{did_you_mean(folder / name)}: --model takes a folder "
-                "that convert.py made"
-            )
-        check_content(folder / name)
-    model = model_folder.read_config(folder / "params.json", Model, ModelArgs, quantizable)
-    ids = model.args.bos_id, model.args.eos_ids
-    tokenizer = load_tokenizer(folder, *ids, special_tokens)
-    if tokenizer.vocab_size > model.args.vocab_size:
-        raise ValueError(
-            f"{tokenizer.path} has {tokenizer.vocab_size} tokens, the model "
-            f"{model.args.vocab_size}: convert the model with its own tokenizer"
-        )
     dtype = dtype or device.default_dtype()
-    model_folder.load_weights(model, folder / "weights.npz", dtype)
-    return model, tokenizer
+    kinds = Model, ModelArgs, quantizable
+    return model_folder.load(Path(folder), *kinds, dtype, special_tokens)
 
 
 def load_adapter(

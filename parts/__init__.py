@@ -21,9 +21,11 @@ files             atomic writes; what a file holds, whatever its name says; JSON
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
 source_checkpoints   Meta's, Mistral's and Hugging Face's layouts of files
 hugging_face      its names, config and order of rows, from one map of names
+params_json       Meta's and Mistral's params.json
+unsupported       refuses what cannot be run, by the name that its users know
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6
-model_folder      weights.npz, params.json and the tokenizer: read, write
+model_folder      weights.npz, params.json, tokenizer and chat template: read, write
 tokenizers        SentencePiece's and Hugging Face's files, special tokens; text as a stream
 source_tokenizers  the tokenizer of a checkpoint, in whichever format
 byte_level_bpe    Llama 3's and Tekken's files to Hugging Face's

@@ -1,6 +1,7 @@
 """Hugging Face's names of modules and config, and its order of rows, turned into Meta's.
 
-One map of names; the other way is computed from it.
+One map of names; the other way is computed from it. What config.json leaves out is as in
+transformers' classes.
 """
 
 import re
@@ -8,8 +9,7 @@ import re
 import torch
 
 from parts.lazy_tensors import LazyTensor, Shards
-
-ARCHITECTURES = ("llama", "mistral")  # the `model_type` of what can be converted
+from parts.unsupported import check_config, check_tensor_names, refusal
 
 # Meta's names of the modules and Hugging Face's, and the other way round.
 TO_HUGGING_FACE = {
@@ -19,6 +19,8 @@ TO_HUGGING_FACE = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -37,9 +39,37 @@ CONFIG_TO_HUGGING_FACE = {  # what `ModelArgs` calls the values of config.json
     "n_kv_heads": "num_key_value_heads",
     "norm_eps": "rms_norm_eps",
     "vocab_size": "vocab_size",
-    "rope_theta": "rope_theta",
-    "sliding_window": "sliding_window",
+    "max_position_embeddings": "max_position_embeddings",
+    "tie_word_embeddings": "tie_word_embeddings",
 }
+# By each `model_type` that can be converted: what transformers' class takes where a key lacks.
+DEFAULTS = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
+}
+DEFAULTS["ministral"] = DEFAULTS["mistral"]  # Mistral's network, with a kind for each layer
+# Of RoPE's scalings that can be run, the numbers in the order in which params.json has them.
+SCALINGS = ("linear", "llama3", "yarn")
+SCALING_NUMBERS = {
+    "factor": float,
+    "low_freq_factor": float,
+    "high_freq_factor": float,
+    "original_max_position_embeddings": int,
+    "beta_fast": float,
+    "beta_slow": float,
+    "mscale": float,
+    "mscale_all_dim": float,
+    "attention_factor": float,
+}
+
+# -------------------------------------------------------------------------------------------------
+# Tensors
 
 
 def from_hugging_face(config: dict, tensors: Shards) -> tuple[dict, Shards]:
@@ -48,43 +78,19 @@ def from_hugging_face(config: dict, tensors: Shards) -> tuple[dict, Shards]:
     config: the values of config.json; tensors: under Hugging Face's names.
     """
     params = params_of(config)
+    check_tensor_names(tensors, "the checkpoint")
     renamed = {}
     for name, shards in tensors.items():
         if len(shards) > 1:
             raise ValueError(f"{name} is in more than one file: leave only those of this model")
         name = rename(name, TO_META)
-        if name.endswith((".wq.weight", ".wk.weight")):
-            n_heads = params.get("n_heads") if ".wq." in name else params.get("n_kv_heads")
-            shards = [permute(shards[0], n_heads or params.get("n_heads"))]
+        if re.search(r"\.(wq|wk)\.(weight|bias)$|\.[qk]_norm\.weight$", name):
+            n_heads = params.get("n_heads")
+            if ".wk." in name:
+                n_heads = params.get("n_kv_heads") or n_heads
+            shards = [permute(shards[0], 1 if "_norm." in name else n_heads)]
         renamed[name] = shards
-    if config.get("tie_word_embeddings") and "tok_embeddings.weight" in renamed:
-        renamed.setdefault("output.weight", renamed["tok_embeddings.weight"])
     return params, renamed
-
-
-def params_of(config: dict) -> dict:
-    """Return the values of config.json under Meta's names. Raises ValueError for a model that
-    cannot be run.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError(f"config.json: {rope!r} does not describe RoPE")
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    classes = config.get("architectures") or ["that it does not name"]
-    architecture = config.get("model_type") or " ".join(map(str, classes))
-    for wrong, reason in (
-        ("num_local_experts" in config, "a mixture of experts"),
-        (config.get("model_type") not in ARCHITECTURES, f"the architecture {architecture}"),
-        (config.get("quantization_config"), "a model that is quantized already"),
-        (config.get("attention_bias") or config.get("mlp_bias"), "a model with biases"),
-        (rope_type != "default", f"scaled RoPE ({rope_type})"),
-        (config.get("hidden_act", "silu") != "silu", f"activation {config.get('hidden_act')}"),
-    ):
-        if wrong:
-            raise ValueError(f"config.json: {reason} is not supported")
-    params = {ours: config.get(theirs) for ours, theirs in CONFIG_TO_HUGGING_FACE.items()}
-    params["rope_theta"] = rope.get("rope_theta", params["rope_theta"])
-    return {name: value for name, value in params.items() if value is not None}
 
 
 def rename(name: str, names: dict[str, str]) -> str:
@@ -96,7 +102,8 @@ def rename(name: str, names: dict[str, str]) -> str:
 
 
 def permute(stored: LazyTensor, n_heads: int) -> LazyTensor:
-    """Return a wq or wk of Hugging Face's, (n_heads * head_dim, dim), its rows in Meta's order.
+    """Return a wq or wk of Hugging Face's, (n_heads * head_dim, dim), its rows in Meta's order; or
+    a bias (n_heads * head_dim), or a norm of one head (head_dim).
 
     Hugging Face has one half of each head after the other; Meta has each row of the first half
     before its partner of the second, for RoPE of the "traditional" kind.
@@ -107,3 +114,102 @@ def permute(stored: LazyTensor, n_heads: int) -> LazyTensor:
         return halves.transpose(1, 2).flatten(0, 2)
 
     return LazyTensor(stored.shape, read)
+
+
+# -------------------------------------------------------------------------------------------------
+# config.json
+
+
+def params_of(config: dict) -> dict:
+    """Return the values of config.json as `ModelArgs` has them. Raises ValueError for a model that
+    cannot be run.
+    """
+    check_config(config, DEFAULTS)
+    kind = config["model_type"]
+    config = {"rms_norm_eps": 1e-6, **DEFAULTS[kind], **config}
+    activation = config.get("hidden_act", "silu")
+    for wrong, what in (
+        (activation not in ("silu", "swish"), f"the activation {activation}"),
+        (config.get("mlp_bias"), "a feed-forward network with biases (mlp_bias)"),
+        (
+            config.get("attention_bias") and kind in ("llama", "qwen3"),
+            "a bias of o_proj (attention_bias)",
+        ),
+    ):
+        if wrong:
+            raise refusal("config.json", what)
+    params = {ours: config.get(theirs) for ours, theirs in CONFIG_TO_HUGGING_FACE.items()}
+    params["rope_theta"], params["rope_scaling"] = rope_of(config)
+    params["sliding_window"] = window_of(config)
+    params["attention_bias"], params["qk_norm"] = kind == "qwen2", kind == "qwen3"
+    params["model_type"] = "mistral" if kind == "ministral" else kind
+    return {name: value for name, value in params.items() if value is not None}
+
+
+def rope_of(config: dict) -> tuple[float | None, dict | None]:
+    """Return the base of RoPE's wavelengths and its scaling, None where positions are not scaled.
+
+    transformers 5 has both in `rope_parameters`; before it `rope_scaling` had the scaling alone.
+    """
+    values = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(values, dict) or any(isinstance(value, dict) for value in values.values()):
+        raise ValueError(f"config.json: {values!r} does not describe RoPE, alike for all layers")
+    values = {"partial_rotary_factor": config.get("partial_rotary_factor"), **values}
+    if values["partial_rotary_factor"] not in (None, 1):
+        raise refusal("config.json", "RoPE of a part of each head (partial_rotary_factor)")
+    if values.get("llama_4_scaling_beta"):
+        raise refusal("config.json", "a temperature of queries that depends on positions")
+    theta, kind = values.get("rope_theta", config.get("rope_theta")), scaling_kind(values)
+    if kind == "default":
+        return theta, None
+    if kind not in SCALINGS:
+        raise refusal("config.json", f"RoPE scaling of the kind {kind}")
+    context = config.get("max_position_embeddings")
+    if kind != "linear":
+        values.setdefault("original_max_position_embeddings", context)
+    return theta, rope_scaling(kind, values)
+
+
+def scaling_kind(values: dict) -> object:
+    """Return the kind of a scaling: its `rope_type`, which was `type` before."""
+    return values.get("rope_type", values.get("type", "default"))
+
+
+def rope_scaling(kind: str, values: dict) -> dict:
+    """Return a scaling as `ModelArgs` has it: equal ones are spelled alike.
+
+    Values that are no numbers stay as they are; `ModelArgs` refuses them.
+    """
+    scaling = {"rope_type": kind}
+    for name, number in SCALING_NUMBERS.items():
+        value = values.get(name)
+        if value is not None:
+            is_number = isinstance(value, (int, float)) and abs(value) < float("inf")
+            scaling[name] = number(value) if is_number else value
+    if values.get("truncate") is False:
+        scaling["truncate"] = False
+    return scaling
+
+
+def window_of(config: dict) -> int | None:
+    """Return the positions that a query sees, None where it sees all before it.
+
+    Raises ValueError where the layers differ.
+    """
+    kind, window = config["model_type"], config.get("sliding_window")
+    if kind == "llama" or window is None:
+        return None
+    types = config.get("layer_types")
+    if kind in ("qwen2", "qwen3"):
+        if not config.get("use_sliding_window"):
+            return None
+        n_layers, first = config.get("num_hidden_layers"), config.get("max_window_layers", 28)
+        if types is None and isinstance(n_layers, int) and isinstance(first, int):
+            types = [
+                "sliding_attention" if i >= first else "full_attention" for i in range(n_layers)
+            ]
+    if not isinstance(types, list) or not types:
+        return window
+    if any(layer != types[0] for layer in types):
+        raise refusal("config.json", "a sliding window in some layers and not in others")
+    return None if types[0] == "full_attention" and kind != "mistral" else window

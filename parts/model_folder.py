@@ -1,4 +1,4 @@
-"""A model's folder: weights.npz, params.json and the tokenizer."""
+"""A model's folder: weights.npz, params.json, the tokenizer and the chat template."""
 
 import fcntl
 import json
@@ -6,21 +6,23 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
-from parts import device  # before MLX, for its BLAS
-from parts.files import read_json
+from parts import device, tokenizers  # before MLX, for its BLAS
+from parts.cli import did_you_mean
+from parts.files import check_content, read_json
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-# What a converted model consists of, in the order in which it is moved into its folder: there are
-# always weights where there is any of it, by which a run that was killed is recognized.
-FILES = ("weights.npz", "tokenizer.model", "params.json")
+# What a converted model may consist of, in the order in which it is moved into its folder: there
+# are always weights where there is any of it, by which a run that was killed is recognized.
+FILES = ("weights.npz", *tokenizers.FILES, *tokenizers.BESIDE, "chat_template.jinja", "params.json")
+FIRST_FILES = ("weights.npz", "tokenizer.model", "params.json")  # before params.json had `eos_ids`
 PARAMS = {  # what each params.json of convert.py says
     "dim",
     "n_layers",
@@ -44,6 +46,40 @@ FOREIGN_FILES = (  # what only other models' folders hold
 
 # -------------------------------------------------------------------------------------------------
 # Read
+
+
+def load(
+    folder: Path,
+    model_class: type[nn.Module],
+    args_class: type,
+    quantizable: Callable[[str, nn.Module], bool],
+    dtype: mx.Dtype,
+    special_tokens: bool = False,
+) -> tuple[nn.Module, tokenizers.Tokenizer]:
+    """Return the model, as `read_config` and `load_weights` do, and its tokenizer, which reads the
+    special tokens that texts name where `special_tokens` says so.
+
+    Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
+    MemoryError when the memory does not hold the weights.
+    """
+    tokenizer_file = tokenizers.tokenizer_file(folder)
+    for path in (folder / "params.json", folder / "weights.npz", tokenizer_file):
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing{did_you_mean(path)}: --model takes a folder that convert.py "
+                "made"
+            )
+        check_content(path)
+    model = read_config(folder / "params.json", model_class, args_class, quantizable)
+    ids = model.args.bos_id, model.args.eos_ids
+    tokenizer = tokenizers.load_tokenizer(folder, *ids, special_tokens)
+    if tokenizer.vocab_size > model.args.vocab_size:
+        raise ValueError(
+            f"{tokenizer_file} has {tokenizer.vocab_size} tokens, the model "
+            f"{model.args.vocab_size}: convert the model with its own tokenizer"
+        )
+    load_weights(model, folder / "weights.npz", dtype)
+    return model, tokenizer
 
 
 def read_config(
@@ -134,15 +170,23 @@ def checksums(weights: Path) -> bytes:
 
 
 def write_model(
-    target: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]], params: dict, tokenizer: Path
+    target: Path,
+    arrays: Iterable[tuple[str, np.ndarray | mx.array]],
+    params: dict,
+    files: dict[str, Path | bytes],
 ) -> None:
     """Write a model into the folder `target`, whole or not at all. Equal models give equal bytes.
 
-    arrays: each parameter's name and value; tokenizer: the file to copy.
+    arrays: each parameter's name and value; files: of the tokenizer and the chat template, by their
+    names, each a file to copy, or its content.
     Raises ValueError where another run writes there, or where something is in the way.
     """
     with staged_folder(target) as folder:
-        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+        for name, content in files.items():
+            if isinstance(content, Path):
+                shutil.copyfile(content, folder / name)
+            else:
+                (folder / name).write_bytes(content)
         write_npz(folder / "weights.npz", arrays)
         (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
@@ -163,34 +207,55 @@ def staged_folder(target: Path) -> Iterator[Path]:
     """Yield a folder to write a model into, which becomes `target` when all is written.
 
     Into a folder that exists, the files are moved one by one: it may be a disk of its own, and may
-    hold other files. params.json is away meanwhile, so that no two models can be taken for one.
+    hold other files. Those that an earlier model had and this one has not are removed. params.json
+    is away meanwhile, so that no two models can be taken for one.
     """
     exists = target.exists()
     staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
     is_other = staged.is_symlink() or (staged.exists() and not staged.is_dir())
     if is_other or (staged.exists() and not set(os.listdir(staged)) <= set(FILES)):
         raise ValueError(f"{staged} is in the way, where the model is first written: move it")
-    staged.mkdir(parents=True, exist_ok=True)  # with what a run that was killed has left
-    lock = os.open(staged, os.O_RDONLY)
+    lock = None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ValueError(f"another convert.py writes into {staged}: wait for it") from error
-    try:
+        staged.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(staged)
+        for name in os.listdir(staged):  # what a run that was killed has left
+            (staged / name).unlink()
         yield staged
         if exists:
             (target / "params.json").unlink(missing_ok=True)
             for name in FILES:
-                os.replace(staged / name, target / name)
+                if (staged / name).exists():
+                    os.replace(staged / name, target / name)
+                else:
+                    (target / name).unlink(missing_ok=True)
             staged.rmdir()
         else:
             staged.rename(target)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
+    except BaseException as error:
+        if lock is not None:
+            shutil.rmtree(staged, ignore_errors=True)
+        elif not isinstance(error, ValueError):  # a signal, before the folder was locked
+            with suppress(OSError):
+                staged.rmdir()
         raise
     finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def lock_folder(folder: Path) -> int:
+    """Lock a folder for this process, and return what to close when it is done with it.
+
+    Raises ValueError where another one has it.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         os.close(lock)
+        raise ValueError(f"another convert.py writes into {folder}: wait for it") from error
+    return lock
 
 
 def check_target(mlx_path: Path, torch_path: Path) -> None:
@@ -215,26 +280,34 @@ def check_replaceable(folder: Path) -> None:
     found = [path.name for pattern in FOREIGN_FILES for path in sorted(folder.glob(pattern))]
     if found:
         raise ValueError(f"--mlx-path {folder} is another model's, with {found[0]}: name another")
-    taken = [name for name in FILES if os.path.lexists(folder / name)]
-    if taken and not is_converted(folder):
+    made = converted_files(folder)
+    taken = [name for name in FILES if name not in made and os.path.lexists(folder / name)]
+    if taken:
         raise ValueError(
             f"--mlx-path {folder} holds a {taken[0]} that convert.py did not make: name another"
         )
 
 
-def is_converted(folder: Path) -> bool:
-    """Whether convert.py has made the weights of this folder, and its params where there are any:
-    a run that was killed may have left none.
+def converted_files(folder: Path) -> tuple[str, ...]:
+    """Return the files of a model that may be replaced: those that convert.py writes, where it has
+    made the weights of this folder, and its params where there are any, else none. A run that was
+    killed may have left no params.
     """
     weights, params = folder / "weights.npz", folder / "params.json"
     if not weights.is_file() or (params.exists() and not params.is_file()):
-        return False
+        return ()
     try:
         with zipfile.ZipFile(weights) as archive:
-            is_model = "tok_embeddings.weight.npy" in archive.namelist()
-        return is_model and (not params.exists() or read_json(params).keys() >= PARAMS)
+            if "tok_embeddings.weight.npy" not in archive.namelist():
+                return ()
+        values = read_json(params) if params.exists() else None
     except (OSError, ValueError, zipfile.BadZipFile):
-        return False
+        return ()
+    if values is None:
+        return FILES
+    if not values.keys() >= PARAMS:
+        return ()
+    return FILES if "eos_ids" in values else FIRST_FILES
 
 
 def check_space(needed: int, folder: Path) -> None:

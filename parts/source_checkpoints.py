@@ -1,5 +1,5 @@
-"""Checkpoints of Llama and Mistral in Meta's, Mistral's and Hugging Face's layouts, read under
-Meta's names, one tensor at a time.
+"""Checkpoints of Llama, Mistral and Qwen in Meta's, Mistral's and Hugging Face's layouts, read
+under Meta's names, one tensor at a time.
 
 layout          weights                                             shape of the model
 Meta's          consolidated.00.pth, consolidated.01.pth, ...       params.json
@@ -8,35 +8,39 @@ Hugging Face's  model*.safetensors or pytorch_model*.bin            config.json
 
 Meta splits its larger models into shards: each file has some rows or columns of every tensor.
 Hugging Face's files have some tensors each, whole, under other names, and the rows of wq and wk in
-another order (see `parts.hugging_face`).
+another order (see `parts.hugging_face`). All layouts of one model convert to equal bytes.
 """
 
 import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sentencepiece import SentencePieceProcessor
+import torch
 
 from parts.cli import did_you_mean
-from parts.files import check_content, find_file, read_json
-from parts.hugging_face import ARCHITECTURES, from_hugging_face
+from parts.files import find_file, read_json
+from parts.hugging_face import from_hugging_face
 from parts.lazy_tensors import (
+    LazyTensor,
     Shards,
     collect_shards,
     open_safetensors,
     open_torch,
     split_axis,
 )
+from parts.params_json import params_of
+from parts.unsupported import check_folder, check_params, check_tensor_names
 
 
 class Checkpoint(NamedTuple):
-    """What a folder holds: the file that describes the model, what it says, and the tensors, both
-    under Meta's names.
+    """What a folder holds: the file that describes the model, the values of `ModelArgs` that it
+    gives, the tensors under Meta's names, and Hugging Face's config.json, None where it has none.
     """
 
     source: Path
     params: dict
     tensors: Shards
+    config: dict | None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -50,6 +54,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     checkpoint = open_meta(folder) or open_mistral(folder) or open_hugging_face(folder)
     if checkpoint is None:
+        check_folder(folder)
         raise FileNotFoundError(
             f"{folder} holds no checkpoint{did_you_mean(folder)}: --torch-path takes a folder with "
             "consolidated.00.pth, consolidated.safetensors, model*.safetensors or "
@@ -60,34 +65,51 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def open_meta(folder: Path) -> Checkpoint | None:
     """Open the shards of Meta's layout; None where there are none."""
-    files, params = sorted(folder.glob("consolidated.[0-9][0-9].pth")), folder / "params.json"
+    files = sorted(folder.glob("consolidated.[0-9][0-9].pth"))
     if not files:
         return None
     for i in range(int(files[-1].suffixes[-2][1:]) + 1):
         find_file(folder / f"consolidated.{i:02}.pth")
-    return Checkpoint(params, read_params(params), collect_shards(map(open_torch, files)))
+    return with_params(folder, collect_shards(map(open_torch, files)))
 
 
 def open_mistral(folder: Path) -> Checkpoint | None:
     """Open the file of Mistral's layout; None where there is none."""
-    file, params = folder / "consolidated.safetensors", folder / "params.json"
-    if not file.is_file():
-        return None
-    return Checkpoint(params, read_params(params), collect_shards([open_safetensors(file)]))
+    file = folder / "consolidated.safetensors"
+    return with_params(folder, collect_shards([open_safetensors(file)])) if file.is_file() else None
+
+
+def with_params(folder: Path, tensors: Shards) -> Checkpoint:
+    """Return the checkpoint of these tensors, which params.json describes.
+
+    Mistral's repositories have Hugging Face's files, too: their config.json says what params.json
+    leaves out. Raises FileNotFoundError, or ValueError for a model that cannot be run.
+    """
+    source, config = folder / "params.json", folder / "config.json"
+    params = read_json(source)
+    check_params(params, source)
+    check_tensor_names(tensors, folder)
+    beside = read_json(config) if config.is_file() else None
+    if beside is not None and "max_position_embeddings" in beside:
+        params = {"max_position_embeddings": beside["max_position_embeddings"], **params}
+    is_tied, tensors = tie_output(bool(params.get("tied_embeddings")), tensors)
+    return Checkpoint(source, params_of(params, is_tied, source), tensors, beside)
 
 
 def open_hugging_face(folder: Path) -> Checkpoint | None:
     """Open the files of Hugging Face's layout, safetensors first; None where there are none."""
-    config = folder / "config.json"
+    source = folder / "config.json"
     for whole, open_file in (
         (folder / "model.safetensors", open_safetensors),
         (folder / "pytorch_model.bin", open_torch),
     ):
         files = hugging_face_files(whole)
         if files:
-            values = read_json(config)
-            tensors = collect_shards(map(open_file, files))
-            return Checkpoint(config, *from_hugging_face(values, tensors))
+            config = read_json(source)
+            params, tensors = from_hugging_face(config, collect_shards(map(open_file, files)))
+            is_tied, tensors = tie_output(bool(params.get("tie_word_embeddings")), tensors)
+            params["tie_word_embeddings"] = is_tied
+            return Checkpoint(source, params, tensors, config)
     return None
 
 
@@ -113,50 +135,49 @@ def hugging_face_files(whole: Path) -> list[Path]:
     return [find_file(whole.parent / name) for name in sorted(set(named.values()))]
 
 
-def read_params(path: Path) -> dict:
-    """Read `params.json` of Meta's or Mistral's releases.
+# -------------------------------------------------------------------------------------------------
+# Tied embeddings
 
-    Raises FileNotFoundError, or ValueError when it describes a model that cannot be run.
+
+def tie_output(says_tied: bool, tensors: Shards) -> tuple[bool, Shards]:
+    """Return whether the output projection is the embedding, and the tensors with one of both then.
+
+    says_tied: whether the params say so, which counts where one of both is stored. Where both are,
+    they are compared, as transformers does: Llama 3.2's small models are stored so.
     """
-    params = read_json(path)
-    kind = params.get("model_type", "transformer")
-    if kind not in ("transformer", *ARCHITECTURES):
-        raise ValueError(f"{path}: the architecture {kind} is not supported")
-    for name, reason in {
-        "moe": "a mixture of experts",
-        "use_scaled_rope": "scaled RoPE",
-        "rope_scaling": "scaled RoPE",
-        "yarn": "scaled RoPE",
-    }.items():
-        if params.get(name):
-            raise ValueError(f"{path}: {reason} ({name}) is not supported")
-    return params
+    names = "tok_embeddings.weight", "output.weight"
+    stored = [tensors[name] for name in names if name in tensors]
+    if not (are_equal(*stored) if len(stored) == 2 else says_tied and stored):
+        return False, tensors
+    others = {name: shards for name, shards in tensors.items() if name not in names}
+    return True, {**others, names[0]: stored[0]}
 
 
-def find_tokenizer(folder: Path, vocab_size: int) -> Path:
-    """Return the SentencePiece model of a checkpoint, which has no more tokens than the model.
+def are_equal(embeddings: list[LazyTensor], output: list[LazyTensor]) -> bool:
+    """Whether the shards of the embedding, (V, D), and of the output projection hold the same.
 
-    Raises FileNotFoundError or ValueError.
+    Mostly the first row tells. Where a file cannot be read, they are not: reading it again names
+    it.
     """
-    found = [folder / "tokenizer.model", *sorted(folder.glob("tokenizer.model.v*"))]
-    path = next((path for path in found if path.is_file()), None)
-    if path is None:
-        raise FileNotFoundError(
-            f"{folder / 'tokenizer.model'} is missing: copy the model's SentencePiece tokenizer "
-            "there (others, such as Tekken or tokenizer.json, are not supported)"
-        )
-    check_content(path)
     try:
-        n_tokens = SentencePieceProcessor(model_proto=path.read_bytes()).vocab_size()
-    except RuntimeError as error:
-        raise ValueError(
-            f"{path} is no SentencePiece model, such as Llama 3's, or is damaged"
-        ) from error
-    if not n_tokens:
-        raise ValueError(f"{path} is empty: download it again")
-    if n_tokens > vocab_size:
-        raise ValueError(f"{path} has {n_tokens} tokens, the model {vocab_size}: it is of another")
-    return path
+        axis = int(len(embeddings) > 1 and embeddings[0].shape[0] != output[0].shape[0])
+        first = [shard.read()[:1] for shard in (embeddings if axis else embeddings[:1])]
+        if not same_bits(torch.cat(first, axis), output[0].read()[:1]):
+            return False
+        if axis == 0 and len(embeddings) == len(output):
+            pairs = zip(embeddings, output, strict=True)
+            return all(same_bits(one.read(), other.read()) for one, other in pairs)
+        joined = torch.cat([shard.read() for shard in embeddings], axis)
+        return same_bits(joined, torch.cat([shard.read() for shard in output]))
+    except MemoryError:
+        raise
+    except Exception:
+        return False
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have one type, one shape and equal values."""
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -169,7 +190,7 @@ def check_tensors(checkpoint: Checkpoint, config: dict, shapes: dict[str, tuple[
     config: its `ModelArgs`; shapes: of its parameters, by name.
     Raises ValueError, which names the tensor, or FileNotFoundError where Meta's last shards lack.
     """
-    source, _, tensors = checkpoint
+    source, tensors = checkpoint.source, checkpoint.tensors
     if source.name == "params.json":
         check_shard_count(source.parent, config, tensors)
     for name in sorted(shapes.keys() ^ tensors.keys()):

@@ -44,6 +44,8 @@ META = {
     "vocab_size": -1,
 }
 
+WRITTEN = {"weights.npz", "params.json", "tokenizer.model"}  # of a SentencePiece model
+
 
 def checkpoint_tensors(n_kv_heads: int = 4, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
     shapes = ModelArgs(**{**TINY, "n_kv_heads": n_kv_heads})
@@ -105,6 +107,10 @@ def test_params_hold_what_the_model_uses_and_what_the_shapes_imply(checkpoint, t
         "norm_eps": 1e-5,
         "vocab_size": 32000,
         "rope_theta": 10000.0,
+        "model_type": "llama",
+        "max_position_embeddings": 4096,
+        "bos_id": 1,
+        "eos_ids": [2],
     }
 
 
@@ -121,8 +127,8 @@ def test_two_conversions_are_equal_byte_for_byte(checkpoint, tmp_path):
     for name, by in (("one", call_script), ("two", run_script)):
         process = run(checkpoint, tmp_path / name, "-q", "--q-group-size", 32, by=by)
         assert process.returncode == 0, process.stderr
-    for name in model_folder.FILES:
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert contents(tmp_path / "one").keys() == WRITTEN
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
 @pytest.mark.parametrize("group_size", [32, 64])
@@ -305,6 +311,7 @@ def hugging_face_model(folder) -> transformers.LlamaForCausalLM:
         rms_norm_eps=1e-5,
         vocab_size=32000,
         rope_theta=1e6,
+        max_position_embeddings=16384,  # CodeLlama's, which rope_theta tells in Meta's layout
     )
     model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     state = {}
@@ -388,9 +395,7 @@ def test_every_layout_of_one_model_gives_the_same_bytes(write, tmp_path):
     for name in ("one", "other"):
         process = run(tmp_path / name, tmp_path / f"{name}-mlx")
         assert process.returncode == 0, process.stderr
-    for name in model_folder.FILES:
-        expected = (tmp_path / "one-mlx" / name).read_bytes()
-        assert (tmp_path / "other-mlx" / name).read_bytes() == expected
+    assert contents(tmp_path / "one-mlx") == contents(tmp_path / "other-mlx")
 
 
 def test_other_files_of_the_folder_are_no_part_of_the_model(hugging_face, tmp_path):
@@ -445,57 +450,17 @@ def test_the_names_are_those_of_transformers_and_back_again(hugging_face):
     assert {rename(name, TO_META) for name in theirs} == ours
 
 
-def test_tied_embeddings_are_written_out(hugging_face, tmp_path):
-    folder = tmp_path / "tied"
-    shutil.copytree(hugging_face[0], folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
-    tensors = {}
-    for path in folder.glob("model*.safetensors"):
-        tensors.update(safetensors.torch.load_file(path))
-        path.unlink()
-    (folder / "model.safetensors.index.json").unlink()
-    del tensors["lm_head.weight"]
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
-    process = run(folder, tmp_path / "mlx")
-    assert process.returncode == 0, process.stderr
-    with np.load(tmp_path / "mlx" / "weights.npz") as weights:
-        np.testing.assert_array_equal(weights["output.weight"], weights["tok_embeddings.weight"])
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        ({"model_type": "mixtral", "num_local_experts": 8}, "a mixture of experts"),
-        ({"model_type": "qwen2"}, "the architecture qwen2"),
-        ({"attention_bias": True}, "biases"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "a model that is quantized already"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "scaled RoPE (llama3)"),
-        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}}, "(linear)"),
-        ({"rope_parameters": "linear"}, "'linear' does not describe RoPE"),
-        ({"hidden_act": "gelu"}, "activation gelu"),
-        ({"num_hidden_layers": "3"}, "config.json: n_layers is '3', not a positive int"),
-    ],
-)
-def test_what_the_suite_cannot_run_is_refused(hugging_face, tmp_path, change, says):
-    folder = tmp_path / "other"
-    shutil.copytree(hugging_face[0], folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, **change}))
-    assert says in error_of(run(folder, tmp_path / "mlx"))
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "mamba"),
+        ({"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, "Mamba"),
+        ({"model_type": "t5", "architectures": ["T5Model"]}, "the architecture t5"),
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
         ({"d_model": 768, "n_layer": 24}, "that it does not name"),
     ],
 )
 def test_another_architecture_is_named(config, name):
-    with pytest.raises(ValueError, match=f"config.json: the architecture {name} is not supported"):
+    with pytest.raises(ValueError, match=f"config.json: .*{name}.* is not supported: take"):
         from_hugging_face(config, {})
 
 
@@ -507,27 +472,12 @@ def test_mistrals_mamba_is_named(checkpoint, tmp_path):
     )
 
 
-@pytest.mark.parametrize("key", ["moe", "use_scaled_rope", "yarn"])
-def test_what_params_json_says_and_the_suite_cannot_run_is_refused(checkpoint, tmp_path, key):
-    (checkpoint / "params.json").write_text(json.dumps({**META, key: {"factor": 8}}))
-    assert f"({key}) is not supported" in error_of(run(checkpoint, tmp_path / "mlx"))
-
-
 def test_integers_are_no_weights(checkpoint, tmp_path):
     tensors = checkpoint_tensors()
     tensors["layers.1.attention.wo.weight"] = tensors["layers.1.attention.wo.weight"].to(torch.int8)
     torch.save(tensors, checkpoint / "consolidated.00.pth")
     error = error_of(run(checkpoint, tmp_path / "mlx"))
     assert "layers.1.attention.wo.weight cannot be read (its values are torch.int8" in error
-
-
-def test_a_tokenizer_that_is_not_sentencepieces_is_refused(checkpoint, tmp_path):
-    lines = [b"IQ== 0\n", b"Ig== 1\n", b"Iw== 2\n"]  # as Llama 3's file: a piece and its rank
-    (checkpoint / "tokenizer.model").write_bytes(b"".join(lines))
-    process = run(checkpoint, tmp_path / "mlx", by=run_script)  # whose library prints, too
-    assert "no SentencePiece model" in error_of(process)
-    (checkpoint / "tokenizer.model").rename(checkpoint / "tekken.json")
-    assert "Tekken" in error_of(run(checkpoint, tmp_path / "mlx"))
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
@@ -548,13 +498,6 @@ def test_a_byte_order_mark_is_no_part_of_the_params(checkpoint, tmp_path):
     params = checkpoint / "params.json"
     params.write_text(params.read_text(), encoding="utf-8-sig")
     assert run(checkpoint, tmp_path / "mlx").returncode == 0
-
-
-def test_a_short_sliding_window_is_a_warning(checkpoint, tmp_path):
-    (checkpoint / "params.json").write_text(json.dumps({**META, "sliding_window": 512}))
-    process = run(checkpoint, tmp_path / "mlx")
-    assert process.returncode == 0
-    assert "warning: the model was trained to see 512 positions" in process.stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -743,7 +686,7 @@ def test_two_at_a_time_do_not_write_into_one_folder(checkpoint, tmp_path, existi
     assert list(staged.iterdir()) == []
     os.close(first)
     assert run(checkpoint, target).returncode == 0
-    assert sorted(path.name for path in target.iterdir()) == sorted(model_folder.FILES)
+    assert contents(target).keys() == WRITTEN
 
 
 def test_names_that_the_terminal_lacks_are_printed_with_question_marks(checkpoint, tmp_path):
