@@ -152,6 +152,9 @@ def tokenizer_json(
     """
     letters = byte_letters()
     spelled = [token.decode("latin-1").translate(letters) for token in tokens]
+    vocab = {token: first_id + rank for rank, token in enumerate(spelled)}
+    if first_id:  # the package numbers those that the vocabulary lacks from its end on
+        vocab = {name: i for i, name in special.items()} | vocab
     added = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
     split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}
@@ -179,7 +182,7 @@ def tokenizer_json(
             "fuse_unk": False,
             "byte_fallback": False,
             "ignore_merges": True,
-            "vocab": {token: first_id + rank for rank, token in enumerate(spelled)},
+            "vocab": vocab,
             "merges": recover_merges(spelled),
         },
     }

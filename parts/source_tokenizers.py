@@ -178,13 +178,18 @@ def read_hugging_face(path: Path) -> Candidate:
     except Exception as error:  # which the package raises, of no other class
         raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from error
     files: dict[str, Path | bytes] = {"tokenizer.json": path}
+    taken = set(ids.values())
     added = [token for token in read_added_tokens(path.parent) if token.content not in ids]
-    added = [token for token in added if token.id not in set(ids.values())]
+    added = [token for token in added if token.id not in taken]
     if added:
         listed = [{**token._asdict(), "normalized": False} for token in added]
         content["added_tokens"] = [*content["added_tokens"], *listed]
         files["tokenizer.json"] = to_json(content)
         ids |= {token.content: token.id for token in added}
+        model = Tokenizer.from_str(json.dumps(content))
+    for i, token in model.get_added_tokens_decoder().items():
+        if ids[token.content] != i:  # the package numbers them in their order
+            raise ValueError(f"{path} gives {token.content} an id that leaves a gap before it")
     model.no_truncation()
     begins = model.encode("a").ids[:1] != model.encode("a", add_special_tokens=False).ids[:1]
     ends = [ids[name] for name in END_NAMES if name in ids][:1]

@@ -95,9 +95,14 @@ class Tokenizer:
         """Whether the text of a token may yet become another by the token that follows."""
         return token in self._reader.changing
 
+    @property
+    def special_names(self) -> frozenset[str]:
+        """What texts name special tokens by."""
+        return self._reader.names
+
     def find_special(self, text: str) -> str | None:
         """Return the first special token that a text names; None where it names none."""
-        match = self._reader.names.search(text)
+        match = self._reader.pattern.search(text)
         return match[0] if match else None
 
 
@@ -159,7 +164,8 @@ class SentencePiece:
         self._hidden = {i for i, token in self._added.items() if token.special or i in ids}
         words = {i: token.content for i, token in self._added.items() if i not in self._hidden}
         self._words = any_of(words.values())
-        self.names = any_of(self._tokens.keys() - words.values())
+        self.names = frozenset(self._tokens.keys() - words.values())
+        self.pattern = any_of(self.names)
 
     def encode(self, s: str, reads: bool) -> list[int]:
         if not reads and self._words is NOTHING:
@@ -258,20 +264,20 @@ class HuggingFace:
                 self._model.add_special_tokens([AddedToken(content, normalized=False)])
         self._added = self._model.get_added_tokens_decoder()
         self._hidden = {i for i, token in self._added.items() if token.special}
-        self.names = any_of(self._added[i].content for i in self._hidden)
+        self.names = frozenset(self._added[i].content for i in self._hidden)
+        self.pattern = any_of(self.names)
         self._forbid_special_merges()
 
     def _forbid_special_merges(self) -> None:
         """Drop merges that make a special token out of text that names it."""
         self._model.encode_special_tokens = True
-        names = [self._added[i].content for i in self._hidden]
-        if self._hidden.isdisjoint(i for name in names for i in self.encode(name, False)):
+        if self._hidden.isdisjoint(i for name in self.names for i in self.encode(name, False)):
             return
         content = json.loads(self._model.to_str())
         merges = content["model"].get("merges", [])
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         content["model"]["merges"] = [
-            pair for pair in pairs if not {"".join(pair), *pair} & set(names)
+            pair for pair in pairs if not {"".join(pair), *pair} & self.names
         ]
         self._model = type(self._model).from_str(json.dumps(content))
 
