@@ -49,7 +49,7 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     if bits < 16:
         nn.quantize(model, 64, bits, class_predicate=quantizable)
     if adapters:
-        add_lora(model, top_layers(model, LAYERS), RANK)
+        add_lora(model, top_layers(model, LAYERS), rank=RANK)
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
