@@ -197,20 +197,28 @@ def load(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, Data
 
 
 def loss(
-    model: Model, inputs: mx.array, targets: mx.array, lengths: mx.array
+    model: Model,
+    inputs: mx.array,
+    targets: mx.array,
+    lengths: mx.array,
+    positions: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
     """Return the mean cross-entropy in nats over the targets that count, and their number.
 
     Every token of a text counts, a question's too, up to EOS; padding does not.
     inputs, targets: (B, L); lengths: (B,), the targets of a row that count, from its first on,
-    except negative ones. Where none counts, both are 0.
+    except negative ones. Where none counts, both are 0. positions: (B, P), where few count, the
+    positions of `targets`, then (B, P) too; the others cost no logits (`batches.keep_targets`).
     """
     targets = mx.where(mx.arange(targets.shape[1]) < lengths[:, None], targets, -1)
-    if hasattr(model, "hidden"):
-        x, _ = model.hidden(inputs)  # (B, L, D)
-        losses = linear_cross_entropy(x, model.output_weight, targets, model.training)  # (B, L)
+    in_blocks = hasattr(model, "hidden")  # else any model that returns logits
+    x, _ = model.hidden(inputs) if in_blocks else model(inputs)  # (B, L, D) or (B, L, V)
+    if positions is not None:
+        x = mx.take_along_axis(x, positions[..., None], 1)
+    if in_blocks:
+        losses = linear_cross_entropy(x, model.output_weight, targets, model.training)
     else:
-        losses = cross_entropy(model(inputs)[0], targets)
+        losses = cross_entropy(x, targets)
     n_tokens = (targets >= 0).sum()
     return losses.sum() / mx.maximum(n_tokens, 1), n_tokens
 

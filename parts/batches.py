@@ -30,3 +30,19 @@ def pad_batch(rows: list[np.ndarray], length: int) -> tuple[mx.array, mx.array, 
         padded[i, : len(row)] = row
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
     return mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(lengths)
+
+
+def keep_targets(
+    targets: np.ndarray, counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Drop the targets that do not count, where they are many: return those that do (B, P), int32,
+    how many a row has (B,), and their positions (B, P). P is one of eight sizes, since each is
+    another step to a GPU; a row's further places hold any targets.
+
+    targets: (B, L); counts: (B, L), whether a target counts.
+    """
+    lengths, length = counts.sum(1).astype(np.int32), targets.shape[1]
+    eighth = -(-length // 8)
+    n = min(length, max(1, -(-lengths.max() // eighth)) * eighth)
+    positions = np.argsort(~counts, axis=1, kind="stable")[:, :n].astype(np.int32)
+    return np.take_along_axis(targets, positions, 1), lengths, positions

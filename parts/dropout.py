@@ -32,10 +32,10 @@ def add_keys(
 
 
 def with_keys(loss_and_grad: Callable) -> Callable:
-    """Return `loss_and_grad(model, inputs, targets, lengths)`, which also takes the rows' keys."""
+    """Return `loss_and_grad(model, inputs, targets, ...)`, which also takes the rows' keys."""
 
     def compute(model: nn.Module, *rows: mx.array) -> tuple:
-        *batch, keys = rows if len(rows) > 3 else (*rows, None)
+        *batch, keys = rows if rows[-1].dtype == mx.uint32 else (*rows, None)
         if keys is None:
             return loss_and_grad(model, *batch)
         dropping = [m for m in model.modules() if "lora_a" in m]

@@ -21,7 +21,7 @@ from parts.ops_cpu import exp, row_max, row_sum
 import mlx.core as mx
 
 LOGITS_ON_GPU = 2**26  # logits of a block at most
-LOGITS_ON_CPU = 2**21
+LOGITS_ON_CPU = 2**20
 MULTIPLE = 128  # of the positions or tokens of a block, which products and `row_max` want
 
 

@@ -6,6 +6,7 @@ import torch
 from conftest import QUICK
 
 from parts import device, linear_cross_entropy, ops
+from parts.batches import keep_targets
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -187,6 +188,33 @@ def test_negative_targets_do_not_count(form, model):
     left = [losses[0, i].item() for i in range(11) if i != 3] + losses[2, :2].tolist()
     assert value.item() == pytest.approx(np.mean(left), rel=1e-5)
     assert lora.loss(model, inputs, targets, shorter)[1].item() == 13
+
+
+def test_targets_that_do_not_count_are_dropped_without_moving_loss_or_gradients(form, model):
+    inputs, targets, _ = random_batch()
+    counts = np.zeros(targets.shape, bool)
+    counts[0, [1, 4, 5]] = counts[2, 10] = True
+    kept, lengths, positions = map(mx.array, keep_targets(np.array(targets), counts))
+    assert kept.shape == positions.shape == (3, 4)  # two eighths of 11, rounded up
+    compute = nn.value_and_grad(model, lora.loss)
+    whole = mx.where(mx.array(counts), targets, -1), mx.full((3,), 11)
+    (value, n_tokens), tree = compute(model, inputs, kept, lengths, positions)
+    (expected, n_expected), expected_tree = compute(model, inputs, *whole)
+    assert n_tokens.item() == n_expected.item() == 4
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    a, b = (np.array(t["layers"][0]["attention"]["wq"]["lora_a"]) for t in (tree, expected_tree))
+    np.testing.assert_allclose(a, b, atol=1e-6)
+    assert np.abs(a).max() > 1e-4
+    as_logits, _ = lora.loss(Logits(model), inputs, kept, lengths, positions)
+    assert as_logits.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_counted", [0, 1, 7, 8])
+def test_the_targets_that_are_kept_have_one_of_eight_sizes(n_counted):
+    counts = np.arange(64) < n_counted
+    kept, lengths, positions = keep_targets(np.arange(64)[None], counts[None])
+    assert kept.tolist() == positions.tolist() == [list(range(8))]
+    assert lengths.tolist() == [n_counted]
 
 
 def test_where_nothing_counts_loss_gradients_and_tokens_are_zero(form, model):
