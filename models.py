@@ -207,7 +207,10 @@ class Attention(nn.Module):
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
         """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
-        offset = cache.offset if cache else 0
+        return self.attend(*self.project(x, cache.offset if cache else 0), cache)
+
+    def project(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array, mx.array]:
+        """Queries (B, H, L, head_dim), and keys and values (B, K, L, head_dim)."""
         # (B, L, heads, head_dim), then (B, heads, L, head_dim)
         queries, keys, values = (
             layer(x).reshape(*x.shape[:2], -1, self.head_dim)
@@ -217,8 +220,12 @@ class Attention(nn.Module):
         queries, keys = (
             ops.rope(heads, offset, self.rope, self.training) for heads in (queries, keys)
         )
-        queries, keys, values = (heads.swapaxes(1, 2) for heads in (queries, keys, values))
+        return tuple(heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
+    def attend(
+        self, queries: mx.array, keys: mx.array, values: mx.array, cache: KVCache | None = None
+    ) -> tuple[mx.array, KVCache]:
+        """The output (B, L, D) for what `project` returns, and a new cache."""
         if cache is None:
             cache = KVCache(keys, values, self.window)
         else:
@@ -245,7 +252,11 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, D) to (B, L, D)."""
-        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
+        return self.w2(self.hidden(x))
+
+    def hidden(self, x: mx.array) -> mx.array:
+        """(B, L, D) to (B, L, hidden_dim)."""
+        return ops.swiglu(self.w1(x), self.w3(x))
 
 
 class TransformerBlock(nn.Module):
@@ -257,13 +268,31 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.recomputes_feed_forward = False  # in the backward pass, to save memory
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
         """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
+        if cache is not None or not self.training:
+            attended, cache = self.attention(self.attention_norm(x), cache)
+            x = x + attended
+            return x + self.feed_forward(self.ffn_norm(x)), cache
+        x, *heads = ops.recomputed(self, self.before_attention)(x)
+        attended, cache = self.attention.attend(*heads)
+        before_w2 = self.before_w2
+        if self.recomputes_feed_forward:
+            before_w2 = ops.recomputed(self, before_w2)
+        x, hidden = before_w2(x + attended)
+        return x + self.feed_forward.w2(hidden), cache
+
+    def before_attention(self, x: mx.array) -> tuple[mx.array, ...]:
+        """x, and its queries, keys and values."""
         x, normed = self.attention_norm.with_residual(x)
-        attended, cache = self.attention(normed, cache)
-        x, normed = self.ffn_norm.with_residual(x + attended)
-        return x + self.feed_forward(normed), cache
+        return x, *self.attention.project(normed)
+
+    def before_w2(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """x, and the hidden units of its feed-forward network."""
+        x, normed = self.ffn_norm.with_residual(x)
+        return x, self.feed_forward.hidden(normed)
 
 
 class Model(nn.Module):

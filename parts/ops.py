@@ -5,11 +5,12 @@ kernel of CUDA (ops_cuda) or MLX's own computes it. All forms agree, and have gr
 """
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 
-from parts import device, ops_cpu, ops_cuda
+from parts import device, ops_cpu, ops_cuda, recompute
 from parts.linear_cross_entropy import by_positions, by_vocabulary, with_gradient
 from parts.rope import Rope, amplitude, wavelength_table
 
@@ -45,6 +46,11 @@ def swiglu_on_gpu_vjp(
     sigmoid = 1 / (1 + mx.exp(-x))
     gradient = cotangent * up * (sigmoid + x * sigmoid * (1 - sigmoid))
     return gradient.astype(gate.dtype), cotangent * nn.silu(gate)
+
+
+def recomputed(module: nn.Module, function: Callable) -> Callable:
+    """See `recompute.recomputed`. A CPU keeps all: it has memory, and no time to spare."""
+    return function if device.ON_CPU else recompute.recomputed(module, function)
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:

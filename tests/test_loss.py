@@ -1,16 +1,19 @@
 """The loss: the cross-entropy of an output projection, in blocks."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from conftest import QUICK
 
-from parts import device, linear_cross_entropy, ops
+from parts import device, linear_cross_entropy, ops, recompute
 from parts.batches import keep_targets
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 import lora
 from models import Model, ModelArgs, add_lora
@@ -241,3 +244,44 @@ def test_a_stream_without_targets_that_count_does_not_move_a_step(model):
     assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-6)
     np.testing.assert_allclose(results[0][2], results[1][2], atol=1e-6)
     assert np.abs(results[0][2]).max() > 0
+
+
+# -------------------------------------------------------------------------------------------------
+# What is computed again
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_what_is_computed_again_does_not_change_loss_or_gradients(again, model, monkeypatch):
+    monkeypatch.setattr(model.layers[1], "recomputes_feed_forward", again)
+    batch = random_batch()
+    results = []
+    for on_cpu in (True, False):
+        monkeypatch.setattr(device, "ON_CPU", on_cpu)
+        matrices = model.trainable_parameters()
+        (value, _), tree = nn.value_and_grad(model, lora.loss)(model, *batch)
+        model.update(matrices)
+        results.append([value, *(array for _, array in tree_flatten(tree))])
+    assert len(results[0]) == len(results[1]) == 1 + 2 * 2 * 2
+    for expected, actual in zip(*results, strict=True):
+        np.testing.assert_allclose(np.array(actual), np.array(expected), atol=1e-6)
+
+
+def test_what_is_computed_again_does_not_live_before():
+    """The gate and up of each layer, of which the step keeps the input instead."""
+    module = nn.Linear(8, 4096, bias=False)
+
+    def network(weight: mx.array, x: mx.array, call) -> mx.array:
+        for _ in range(6):
+            (y,) = call(lambda x: (mx.fast.rms_norm(x @ weight.T, None, 1e-5) ** 2,))(x)
+            x = x + y @ weight
+        return x.sum()
+
+    peaks = []
+    for call in (lambda function: function, partial(recompute.recomputed, module)):
+        x = mx.ones((256, 8))
+        mx.eval(x, module.weight)
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(mx.grad(lambda x, call=call: network(module.weight, x, call))(x))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.75 * peaks[0]
