@@ -194,17 +194,15 @@ template <int K> __device__ __noinline__ float2 multiply_tile(Row row, Row row_8
     float sums[2] = {};
     constexpr int CHUNKS = K / CHUNK, STEPS = (CHUNKS + 3) / 4;
     int lane = threadIdx.x % LANES, q = lane % 4;
-    bool has_inputs = lane / 4 == 2 * q;
+    unsigned mask = lane / 4 == 2 * q ? ~0u : 0;
     #pragma unroll 1
     for (int start = split; start < STEPS; start += STEPS_AT_ONCE * SPLITS) {
-        uint4 weights[STEPS_AT_ONCE][2];
+        uint4 weights[STEPS_AT_ONCE][2] = {};
         Number scales[STEPS_AT_ONCE][2], biases[STEPS_AT_ONCE][2];
         #pragma unroll
         for (int s = 0; s < STEPS_AT_ONCE; s++) {
             int chunk = (start + s * SPLITS) * 4 + q, group = chunk * CHUNK / GROUP_SIZE;
-            for (int i = 0; i < 2; i++) {
-                weights[s][i] = {};
-                if (chunk >= CHUNKS) continue;
+            for (int i = 0; i < 2 && chunk < CHUNKS; i++) {
                 weights[s][i] = __ldcs(rows[i].chunks + chunk);
                 scales[s][i] = rows[i].scales[group];
                 biases[s][i] = rows[i].biases[group];
@@ -213,29 +211,27 @@ template <int K> __device__ __noinline__ float2 multiply_tile(Row row, Row row_8
         #pragma unroll
         for (int s = 0; s < STEPS_AT_ONCE; s++) {
             int chunk = (start + s * SPLITS) * 4 + q;
+            const Vector* inputs = &input(min(chunk, CHUNKS - 1) * CHUNK);
             const uint4 &first = weights[s][0], &second = weights[s][1];
             unsigned words[2][4] = {
                 {first.x, first.y, first.z, first.w}, {second.x, second.y, second.z, second.w}
             };
-            float products[4] = {};
+            float products[2][4] = {};  // of pairs 0 and 1 of each word, and of pairs 2 and 3
             for (int j = 0; j < 4; j++) {
-                uint4 inputs = {};
-                if (has_inputs && chunk < CHUNKS) {
-                    inputs = reinterpret_cast<const uint4&>(input(chunk * CHUNK + j * VECTOR));
-                }
-                unsigned pairs[4] = {inputs.x, inputs.y, inputs.z, inputs.w};
+                uint4 four = reinterpret_cast<const uint4&>(inputs[j * LANES]);
+                unsigned pairs[4] = {four.x & mask, four.y & mask, four.z & mask, four.w & mask};
                 for (int i = 0; i < 4; i += 2) {
                     unsigned some[4] = {
                         weight_pair(words[0][j], i), weight_pair(words[1][j], i),
                         weight_pair(words[0][j], i + 1), weight_pair(words[1][j], i + 1)
                     };
-                    multiply_add(products, some, pairs[i], pairs[i + 1]);
+                    multiply_add(products[i / 2], some, pairs[i], pairs[i + 1]);
                 }
             }
             if (chunk >= CHUNKS) continue;
             float sum = chunk_sum(chunk);
             for (int i = 0; i < 2; i++) {
-                float product = (products[2 * i] - sum) * 16;
+                float product = (products[0][2 * i] + products[1][2 * i] - sum) * 16;
                 sums[i] += float(scales[s][i]) * product + float(biases[s][i]) * sum;
             }
         }
