@@ -1,9 +1,11 @@
 """The kernels of the .cu files, run on a CPU: compiled by g++ as they stand, but for a few lines of
-assembly, with a block's threads in turns, and a process for each block that waits.
+assembly, with a block's threads in turns, and a process for each block that waits. At the end, the
+tests that need a GPU; where there is one, only these run.
 """
 
 import ctypes
 import mmap
+import os
 import re
 import shutil
 import subprocess
@@ -15,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from parts import decoder_cuda, device, kv_cache, nvrtc, ops_cuda
+from parts import decoder, decoder_cuda, device, kv_cache, nvrtc, ops_cuda
 from parts.adapters import to_vector
 from parts.decoder import Decoder, generate_step
 from parts.files import digest
@@ -34,6 +36,7 @@ pytestmark = [
     ),
     pytest.mark.skipif(device.TURNED, reason="Metal has none of these kernels"),
 ]
+on_gpu = pytest.mark.skipif(not device.has_cuda(), reason="needs CUDA")
 
 BEFORE = """
 #include <algorithm>
@@ -209,6 +212,8 @@ def compiled_kernels(tmp_path_factory) -> Path:
 @pytest.fixture
 def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     """Have the parts take this machine for one with CUDA; returns the kernels that ran."""
+    if device.has_cuda():
+        pytest.skip("the arrays of a GPU are not the processor's to write")
     names = []
 
     @lru_cache
@@ -348,8 +353,8 @@ def random_model(args: ModelArgs, dtype: str, bits: int, adapted: bool) -> Model
 def decoded(model: Model, tokens: mx.array, n_cached: int) -> mx.array:
     """The logits after each of the tokens from `n_cached` on, then those after the first alone."""
     _, cache = model(tokens[:, :n_cached])
-    decoder = Decoder(model, cache)
-    logits = [decoder(tokens[:, i : i + 1]) for i in range(n_cached, tokens.shape[1])]
+    decode = Decoder(model, cache)
+    logits = [decode(tokens[:, i : i + 1]) for i in range(n_cached, tokens.shape[1])]
     mx.eval(logits)
     logits.append(Decoder(model)(tokens[:, :1]))
     return mx.stack(logits, 1).astype(mx.float32)
@@ -435,3 +440,112 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
         gradients(), expected, atol=tolerance * mx.abs(expected).max().item(), rtol=0
     )
     assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rope"}
+
+
+# dim, hidden_dim, n_heads, n_kv_heads, head_dim
+LARGE = {
+    "Llama 3 8B": (4096, 14336, 32, 8, 128),
+    "Llama 3.2 1B": (2048, 8192, 32, 8, 64),
+    "Mistral Nemo": (5120, 14336, 32, 8, 128),
+    "Qwen 2.5 7B": (3584, 18944, 28, 4, 128),
+    "Qwen 3 8B": (4096, 12288, 32, 8, 128),
+    "Qwen 3 0.6B": (1024, 3072, 16, 8, 128),
+    "SmolLM2 135M": (576, 1536, 9, 3, 64),
+}
+CHANGES = {
+    "Llama 3 8B": FAMILIES["llama3"],
+    "Llama 3.2 1B": {**FAMILIES["llama3"], "tie_word_embeddings": True},
+    "Mistral Nemo": {"sliding_window": 100},
+    "Qwen 2.5 7B": {"attention_bias": True},
+    "Qwen 3 8B": {"qk_norm": True, "rope_scaling": YARN},
+    "Qwen 3 0.6B": {"qk_norm": True, "tie_word_embeddings": True},
+    "SmolLM2 135M": {"tie_word_embeddings": True},
+}
+
+
+CASES = [(name, "float16", bits, bits < 16) for name in LARGE for bits in (16, 4)]
+CASES += [
+    (name, dtype, bits, True)
+    for name in ("Llama 3.2 1B", "Qwen 3 0.6B")
+    for dtype, bits in [("bfloat16", 4), ("bfloat16", 16), ("float32", 16), ("float16", 8)]
+]
+CASES += [("Qwen 2.5 7B", dtype, 4, False) for dtype in ("float32", "float16", "bfloat16")]
+# Without this variable MLX multiplies float32 in TensorFloat-32, which has 10 bits.
+ERROR = {"float32": 2e-4, "float16": 5e-3, "bfloat16": 4e-2}
+if os.environ.get("MLX_ENABLE_TF32") != "0":
+    ERROR["float32"] = 5e-3
+
+
+@on_gpu
+@pytest.mark.parametrize(("name", "dtype", "bits", "adapted"), CASES)
+def test_on_a_gpu_the_kernel_gives_the_logits_of_the_model(name, dtype, bits, adapted):
+    """The cache grows at 512."""
+    names = "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim"
+    shape = dict(zip(names, LARGE[name], strict=True))
+    args = ModelArgs(**{**vars(ARGS), **shape, **CHANGES[name], "n_layers": 2})
+    model = random_model(args, dtype, bits, adapted)
+    assert decoder_cuda.kernel_layers(model)
+    tokens = mx.random.randint(0, 50, (1, 514))
+    actual = decoded(model, tokens, 509)
+    model.set_dtype(mx.float32)
+    expected = model(tokens)[0][:, [*range(509, 514), 0]]
+    error = (mx.abs(actual - expected).max() / mx.abs(expected).max()).item()
+    assert error < ERROR[dtype]
+
+
+@on_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "bits"), [("float32", 16), ("float16", 4)])
+def test_on_a_gpu_kernel_separate_layers_and_cpu_agree(family, dtype, bits, monkeypatch):
+    model = random_model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}), dtype, bits, True)
+    tokens = mx.random.randint(0, 50, (1, 514))
+    actual = decoded(model, tokens, 509)
+    with monkeypatch.context() as separate:
+        separate.setattr(decoder, "kernel_layers", lambda model: None)
+        others = decoded(model, tokens, 509)
+    model.set_dtype(mx.float32)
+    with mx.stream(mx.cpu):
+        expected = model(tokens)[0][:, [*range(509, 514), 0]]
+        mx.eval(expected)
+    limit = ERROR[dtype] * mx.abs(expected).max().item()
+    np.testing.assert_allclose(actual, expected, atol=limit, rtol=0)
+    np.testing.assert_allclose(others, expected, atol=limit, rtol=0)
+
+
+@on_gpu
+def test_on_a_gpu_a_window_longer_than_the_text_changes_nothing():
+    args = {**vars(ARGS), "dim": 256, "n_layers": 2}
+    tokens, logits = mx.random.randint(0, 50, (1, 600)), []
+    for window in (None, 4096):
+        model = random_model(ModelArgs(**{**args, "sliding_window": window}), "float16", 4, True)
+        logits.append(decoded(model, tokens, 500))
+    np.testing.assert_array_equal(*logits)
+
+
+@on_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-3), ("bfloat16", 5e-2)])
+def test_on_a_gpu_a_training_step_has_the_gradients_of_the_plain_network(
+    family, dtype, tolerance, monkeypatch
+):
+    model = random_model(
+        ModelArgs(**{**vars(ARGS), **FAMILIES[family]}), "float32", 16, True
+    ).train()
+    model.freeze()
+    for layer in model.layers:
+        layer.unfreeze(keys=["lora_a", "lora_b"], strict=False)
+    tokens, lengths = mx.random.randint(0, 50, (3, 121)), mx.array([120, 77, 99])
+
+    def gradients() -> mx.array:
+        compute = nn.value_and_grad(model, lora.loss)
+        _, tree = compute(model, tokens[:, :-1], tokens[:, 1:], lengths)
+        return to_vector(tree)
+
+    with monkeypatch.context() as plain:
+        plain.setattr(ops_cuda, "has_kernels", lambda x: False)
+        expected = gradients()
+    adapters = model.trainable_parameters()
+    model.set_dtype(getattr(mx, dtype))
+    model.update(adapters)
+    limit = tolerance * mx.abs(expected).max().item()
+    np.testing.assert_allclose(gradients(), expected, atol=limit, rtol=0)
