@@ -4,11 +4,14 @@
     python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 16 4
     python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 4 --prompt 1000 \\
         --tokens 16 --contenders ours mlx-lm
+    python tests/benchmarks/generation.py --shape llama3-8b qwen2.5-7b --dtype float16 \\
+        --bits 16 4 --contenders ours mlx-lm "mlx-lm, all quantized"
 
 Every contender runs in a process of its own, in turns: greedy, a prompt of --prompt tokens, then
 --tokens more. The second run of each process counts, since the first compiles kernels. Columns: the
 time up to the first token, which is the prompt's, the peak of memory, weights included, and the
-time of a token at the end to that of the 100th. Needs mlx-lm and transformers.
+time of a token at the end to that of the 100th. "all quantized" has the embedding and the output
+projection in few bits, too, as `mlx_lm.convert` makes them. Needs mlx-lm and transformers.
 """
 
 import argparse
@@ -35,11 +38,15 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], in
     return lambda prompt, _: generate_step(model, prompt, 0.0)
 
 
-def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> Callable:
+def prepare_mlx_lm(shape: tuple, dtype: str, bits: int, quantize_all: bool = False) -> Callable:
     import mlx.core as mx
+    import mlx.nn as nn
     from mlx_lm.generate import generate_step
 
     model = make_mlx_lm(shape, dtype, bits, adapters=False)
+    if quantize_all:
+        nn.quantize(model, 64, bits)  # those that are left
+        mx.eval(model.parameters())
 
     def start(prompt: list[int], n: int) -> Iterator[int]:
         return (token for token, _ in generate_step(mx.array(prompt), model, max_tokens=n))
@@ -85,9 +92,11 @@ def prepare_transformers(shape: tuple, dtype: str, bits: int) -> Callable:
     return start
 
 
+ALL_QUANTIZED = "mlx-lm, all quantized"
 CONTENDERS = {
     "ours": prepare_ours,
     "mlx-lm": prepare_mlx_lm,
+    ALL_QUANTIZED: lambda *args: prepare_mlx_lm(*args, quantize_all=True),
     "mlx-lm, our BLAS": prepare_mlx_lm_fast_blas,
     "transformers": prepare_transformers,
 }
@@ -95,8 +104,8 @@ CONTENDERS = {
 
 def measure(args: argparse.Namespace) -> dict:
     """Tokens a second, the prompt included, and the time of late tokens to that of early ones."""
-    start = CONTENDERS[args.one](SHAPES[args.shape], args.dtype, args.bits[0])
-    vocabulary = SHAPES[args.shape][5]
+    start = CONTENDERS[args.one](SHAPES[args.shape[0]], args.dtype, args.bits[0])
+    vocabulary = SHAPES[args.shape[0]][5]
     prompt = np.random.default_rng(0).integers(0, vocabulary, args.prompt).tolist()
     for _ in range(2):
         reset_peak_memory()
@@ -135,7 +144,7 @@ def peak_memory() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["small"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="16: not quantized")
     parser.add_argument("--prompt", type=int, default=64)
@@ -148,36 +157,44 @@ def main() -> None:
         print(json.dumps(measure(args)))
         return
 
-    print(f"{args.shape}, {args.dtype}, {args.tokens} tokens after {args.prompt}")
-    print(f"medians of {args.rounds} rounds\n")
     print(
-        "| | bits | tokens/s | ours to it | prompt, ms | peak, GB | a late token to an early one |"
+        f"{args.dtype}, {args.tokens} tokens after {args.prompt}, medians of {args.rounds} rounds\n"
     )
-    print("|---|---|---|---|---|---|---|")
-    for bits in args.bits:
-        names = [n for n in args.contenders if bits == 16 or n != "transformers"]
-        results = {name: [] for name in names}
-        for _ in range(args.rounds):
-            for name in names:
-                command = [sys.executable, __file__, "--one", name, "--shape", args.shape]
-                for flag in ("dtype", "prompt", "tokens"):
-                    command += [f"--{flag}", str(getattr(args, flag))]
-                command += ["--bits", str(bits)]
-                output = subprocess.run(command, capture_output=True, text=True, check=False)
-                if output.returncode:
-                    print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
-                    continue
-                results[name].append(json.loads(output.stdout.splitlines()[-1]))
-        ours = median(results["ours"], "speed")
-        for name, runs in results.items():
-            if runs:
-                speed, growth = median(runs, "speed"), median(runs, "growth")
-                print(
-                    f"| {name} | {bits} | {speed:.1f} | {ours / speed:.2f} "
-                    f"| {1000 * median(runs, 'prompt'):.1f} | {median(runs, 'peak'):.2f} "
-                    f"| {growth:.2f} |".replace("nan", ""),
-                    flush=True,
-                )
+    print(
+        "| shape | bits | | tokens/s | ours to it | prompt, ms | peak, GB "
+        "| a late token to an early one |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in args.shape:
+        for bits in args.bits:
+            names = [n for n in args.contenders if n != ("transformers", ALL_QUANTIZED)[bits == 16]]
+            compare(names, shape, bits, args)
+
+
+def compare(names: list[str], shape: str, bits: int, args: argparse.Namespace) -> None:
+    """Print a line for each contender, each measured `--rounds` times, in turns."""
+    results = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            command = [sys.executable, __file__, "--one", name, "--shape", shape]
+            for flag in ("dtype", "prompt", "tokens"):
+                command += [f"--{flag}", str(getattr(args, flag))]
+            command += ["--bits", str(bits)]
+            output = subprocess.run(command, capture_output=True, text=True, check=False)
+            if output.returncode:
+                print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
+                continue
+            results[name].append(json.loads(output.stdout.splitlines()[-1]))
+    ours = median(results["ours"], "speed") if "ours" in results else math.nan
+    for name, runs in results.items():
+        if runs:
+            speed, growth = median(runs, "speed"), median(runs, "growth")
+            print(
+                f"| {shape} | {bits} | {name} | {speed:.1f} | {ours / speed:.2f} "
+                f"| {1000 * median(runs, 'prompt'):.1f} | {median(runs, 'peak'):.2f} "
+                f"| {growth:.2f} |".replace("nan", ""),
+                flush=True,
+            )
 
 
 def median(runs: list[dict], key: str) -> float:

@@ -27,8 +27,11 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary, batch, le
     "7b": (4096, 32, 32, 8, 14336, 32000, 4, 512),
     "base": (576, 30, 9, 3, 1536, 49152, 4, 256),  # the base model's
     "1b": (2048, 16, 32, 8, 8192, 128256, 4, 1024),  # Llama 3.2 1B's
+    "llama3-8b": (4096, 32, 32, 8, 14336, 128256, 4, 512),
+    "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064, 4, 512),
 }
 TIED = [SHAPES["1b"]]  # the embedding is the output projection, too
+BIASED = [SHAPES["qwen2.5-7b"]]  # wq, wk and wv have biases
 LAYERS, RANK = 16, 8
 
 
@@ -44,7 +47,8 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     limit_command_buffers(training=adapters)
     dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     sizes = dim, layers, dim // heads, hidden, heads, kv_heads, 1e-5, vocabulary
-    model = Model(ModelArgs(*sizes, tie_word_embeddings=shape in TIED))
+    options = {"tie_word_embeddings": shape in TIED, "attention_bias": shape in BIASED}
+    model = Model(ModelArgs(*sizes, **options))
     model.set_dtype(getattr(mx, dtype))
     if bits < 16:
         nn.quantize(model, 64, bits, class_predicate=quantizable)
@@ -79,16 +83,17 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
 
 
 def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
-    """mlx-lm's Llama, its weights random."""
+    """mlx-lm's Llama or Qwen 2, its weights random."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models.llama import Model, ModelArgs
+    from mlx_lm.models import llama, qwen2
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
-    model = Model(
-        ModelArgs(
-            model_type="llama",
+    family, name = (qwen2, "qwen2") if shape in BIASED else (llama, "llama")
+    model = family.Model(
+        family.ModelArgs(
+            model_type=name,
             hidden_size=dim,
             num_hidden_layers=layers,
             intermediate_size=hidden,
