@@ -2,10 +2,12 @@
 
     python tests/benchmarks/training_step.py --shape tiny
     python tests/benchmarks/training_step.py --shape 7b --dtype bfloat16 --bits 16 4
+    python tests/benchmarks/training_step.py --lora-projections all --contenders ours PEFT
     python tests/benchmarks/training_step.py --shape 1b --dtype bfloat16  # a large vocabulary
 
 Every contender runs in a process of its own, in turns, on the same shapes, batch and device: rank 8
-on wq and wv of the top 16 layers, Adam. Needs mlx-lm, peft and transformers.
+on wq and wv, or what --lora-projections names, of the top 16 layers, Adam. Needs mlx-lm, peft and
+transformers.
 """
 
 import argparse
@@ -33,9 +35,21 @@ SHAPES = {  # dim, layers, heads, key-value heads, hidden, vocabulary, batch, le
 TIED = [SHAPES["1b"]]  # the embedding is the output projection, too
 BIASED = [SHAPES["qwen2.5-7b"]]  # wq, wk and wv have biases
 LAYERS, RANK = 16, 8
+NAMES = {  # of the projections, in other tools
+    "wq": "self_attn.q_proj",
+    "wk": "self_attn.k_proj",
+    "wv": "self_attn.v_proj",
+    "wo": "self_attn.o_proj",
+    "w1": "mlp.gate_proj",
+    "w2": "mlp.down_proj",
+    "w3": "mlp.up_proj",
+}
+DEFAULT = ("wq", "wv")
 
 
-def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
+def make_ours(
+    shape: tuple, dtype: str, bits: int, adapters: bool = True, projections: list[str] = DEFAULT
+):
     """Our model, its weights random."""
     sys.path.insert(0, str(ROOT))
     from models import Model, ModelArgs, add_lora, quantizable, top_layers
@@ -53,16 +67,18 @@ def make_ours(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     if bits < 16:
         nn.quantize(model, 64, bits, class_predicate=quantizable)
     if adapters:
-        add_lora(model, top_layers(model, LAYERS), rank=RANK)
+        add_lora(model, top_layers(model, LAYERS), projections, RANK)
     mx.eval(model.parameters())
     mx.clear_cache()
     mx.reset_peak_memory()  # of making random weights
     return model
 
 
-def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
+def prepare_ours(
+    shape: tuple, dtype: str, bits: int, projections: list[str]
+) -> tuple[Callable, Callable]:
     """Gives a function that starts a step, and one that waits for all and tells the peak memory."""
-    model = make_ours(shape, dtype, bits)
+    model = make_ours(shape, dtype, bits, projections=projections)
     import lora
     from parts import device
 
@@ -82,7 +98,9 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callabl
     return lambda: step(tokens[:, :-1], tokens[:, 1:], lengths), wait
 
 
-def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
+def make_mlx_lm(
+    shape: tuple, dtype: str, bits: int, adapters: bool = True, projections: list[str] = DEFAULT
+):
     """mlx-lm's Llama or Qwen 2, its weights random."""
     import mlx.core as mx
     import mlx.nn as nn
@@ -110,7 +128,7 @@ def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
         nn.quantize(model, 64, bits, class_predicate=linear)
     if adapters:
         model.freeze()
-        keys = {"self_attn.q_proj", "self_attn.v_proj"}
+        keys = {NAMES[name] for name in projections}
         config = {"rank": RANK, "scale": 2.0, "dropout": 0.0, "keys": keys}
         linear_to_lora_layers(model, LAYERS, config)
         model.train()
@@ -120,14 +138,16 @@ def make_mlx_lm(shape: tuple, dtype: str, bits: int, adapters: bool = True):
     return model
 
 
-def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Callable]:
+def prepare_mlx_lm(
+    shape: tuple, dtype: str, bits: int, projections: list[str]
+) -> tuple[Callable, Callable]:
     """mlx-lm's model and loss, in the compiled step of its trainer."""
     import mlx.core as mx
     import mlx.nn as nn
     import mlx.optimizers as optim
     from mlx_lm.tuner.trainer import default_loss
 
-    model = make_mlx_lm(shape, dtype, bits)
+    model = make_mlx_lm(shape, dtype, bits, projections=projections)
     *_, vocabulary, batch, length = shape
     optimizer = optim.Adam(1e-5)
     loss_and_grad = nn.value_and_grad(model, default_loss)
@@ -155,7 +175,7 @@ def prepare_mlx_lm(shape: tuple, dtype: str, bits: int) -> tuple[Callable, Calla
 
 
 def prepare_peft(
-    shape: tuple, dtype: str, bits: int, compiled: bool = False
+    shape: tuple, dtype: str, bits: int, projections: list[str], compiled: bool = False
 ) -> tuple[Callable, Callable]:
     """transformers' Llama with PEFT's adapters; `bits` below 16 is not compared."""
     import peft
@@ -184,7 +204,7 @@ def prepare_peft(
         peft.LoraConfig(
             r=RANK,
             lora_alpha=2 * RANK,
-            target_modules=["q_proj", "v_proj"],
+            target_modules=[NAMES[name].split(".")[1] for name in projections],
             layers_to_transform=list(range(max(0, layers - LAYERS), layers)),
             task_type="CAUSAL_LM",
         ),
@@ -232,9 +252,11 @@ CONTENDERS = {
 }
 
 
-def measure(name: str, shape: str, dtype: str, bits: int, steps: int) -> dict:
+def measure(
+    name: str, shape: str, dtype: str, bits: int, steps: int, projections: list[str]
+) -> dict:
     """Seconds of the first step and of each later one on average, and peak memory in bytes."""
-    start, wait = CONTENDERS[name](SHAPES[shape], dtype, bits)
+    start, wait = CONTENDERS[name](SHAPES[shape], dtype, bits, projections)
     begin = time.perf_counter()
     start()
     wait()
@@ -253,18 +275,23 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="16: not quantized")
+    parser.add_argument("--lora-projections", nargs="+", default=DEFAULT, help="or all")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    projections = list(NAMES) if args.lora_projections == ["all"] else args.lora_projections
     if args.one:
-        result = measure(args.one, args.shape, args.dtype, args.bits[0], args.steps)
+        result = measure(args.one, args.shape, args.dtype, args.bits[0], args.steps, projections)
         print(json.dumps(result))
         return
 
     *_, batch, length = SHAPES[args.shape]
-    print(f"{args.shape}, {args.dtype}, batch {batch} x {length}, medians of {args.rounds} rounds")
+    print(
+        f"{args.shape}, {args.dtype}, batch {batch} x {length}, LoRA in {' '.join(projections)}, "
+        f"medians of {args.rounds} rounds"
+    )
     print("| | bits | first step, s | step, s | tokens/s | peak memory, GB | to ours |")
     print("|---|---|---|---|---|---|---|")
     for bits in args.bits:
@@ -274,6 +301,7 @@ def main() -> None:
             for name in names:
                 command = [sys.executable, __file__, "--one", name, "--shape", args.shape]
                 command += ["--dtype", args.dtype, "--bits", str(bits), "--steps", str(args.steps)]
+                command += ["--lora-projections", *projections]
                 output = subprocess.run(command, capture_output=True, text=True)
                 if output.returncode:
                     print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
