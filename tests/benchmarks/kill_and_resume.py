@@ -1,14 +1,18 @@
 """Kill a training at random moments, resume it each time, and compare with one never killed.
 
     python tests/benchmarks/kill_and_resume.py --kills 50
+    python tests/benchmarks/kill_and_resume.py --kills 5 --iters 60 --options="--warmup 10
+        --grad-accumulation 2 --lr-schedule cosine --max-grad-norm 1 --weight-decay 0.01
+        --steps-per-eval 5 --patience 20"
 
-The adapters have to be equal byte for byte at the end. Random model of three layers, MLX's
-docstrings, a save at every step.
+The adapters, and the best ones, have to be equal byte for byte at the end. Random model of three
+layers, MLX's docstrings, a save at every step.
 """
 
 import argparse
 import inspect
 import random
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -31,6 +35,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--iters", type=int, default=600)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--options", default="", help="further flags of each run")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -42,10 +47,12 @@ def main() -> None:
         for name in ("train", "valid"):
             write_jsonl(folder / f"{name}.jsonl", texts)
 
-        def train(adapter: Path, seconds: float | None = None, iters: int = args.iters) -> bool:
+        whole = ["--iters", args.iters, *shlex.split(args.options)]
+
+        def train(adapter: Path, seconds: float | None = None, flags: list = whole) -> bool:
             """Run, at most for so long; true if it came to its end."""
             command = [sys.executable, ROOT / "lora.py", "--model", model, "--data", folder]
-            command += ["--train", "--iters", iters, "--save-every", 1, "--val-batches", 1]
+            command += ["--train", "--save-every", 1, "--val-batches", 1, *flags]
             command += ["--learning-rate", 1e-3, "--adapter-file", adapter]
             if adapter.exists():
                 command += ["--resume-adapter-file", adapter]
@@ -59,7 +66,7 @@ def main() -> None:
 
         train(folder / "whole.npz")
         start = time.perf_counter()
-        train(folder / "one.npz", iters=1)
+        train(folder / "one.npz", flags=["--iters", 1])
         startup = time.perf_counter() - start
         moments = random.Random(args.seed)
         n_killed = 0
@@ -68,7 +75,10 @@ def main() -> None:
                 break
             n_killed += 1
         train(folder / "killed.npz")
-        equal = (folder / "whole.npz").read_bytes() == (folder / "killed.npz").read_bytes()
+        equal = all(
+            (folder / f"killed{end}").read_bytes() == (folder / f"whole{end}").read_bytes()
+            for end in (".npz", ".best.npz")
+        )
         print(
             f"{n_killed} kills, {args.iters} iterations: adapters {'equal' if equal else 'DIFFER'}"
         )
