@@ -38,9 +38,9 @@ from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.append(str(ROOT))  # last: this folder must not hide a package
 
-from parts.byte_level_bpe import LLAMA3_PATTERN, read_tiktoken, tokenizer_json
-from parts.source_tokenizers import read_source_tokenizer
-from parts.tokenizers import Tokenizer, stream_text
+from parts.byte_level_bpe import LLAMA3_PATTERN, read_tiktoken, tokenizer_json  # noqa: E402
+from parts.source_tokenizers import read_source_tokenizer  # noqa: E402
+from parts.tokenizers import Tokenizer, stream_text  # noqa: E402
 
 MISTRAL = Path(mistral_common.__file__).parent / "data"
 LLAMA3 = Path(inspect.getfile(MetasTokenizer)).with_name("tokenizer.model")
