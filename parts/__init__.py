@@ -17,7 +17,7 @@ rope              rotary positions: frequencies, scaled or not, and tables of co
 kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
 decoder           generate text: prefill, one token at a time, sampling
-decoder_cuda      a layer for one token in one kernel, of decoder_cuda.cu
+decoder_cuda      a layer for one token in one kernel: decoder_cuda.cu, decoder_products.cuh
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
 source_checkpoints   Meta's, Mistral's and Hugging Face's layouts of files

@@ -10,6 +10,7 @@
 //   N_HEADS, N_KV_HEADS, HEAD_DIM
 //   HAS_BIAS           1 where wq, wk and wv have biases, else 0
 //   HAS_HEAD_NORM      1 where each head of queries and keys is normalised, else 0
+//   WINDOW             positions that a query sees, its own included; 0 where it sees all
 //   AMPLITUDE          of the cosines and sines of RoPE
 //   EPSILON            of RMSNorm
 //   THREADS            of a block
@@ -26,9 +27,13 @@ static_assert(HEAD_DIM % (2 * LANES) == 0, "each thread takes pairs of channels"
 
 struct alignas(CHANNELS * sizeof(Number)) Channels { Number values[CHANNELS]; };
 
-// Where the token is: its position in the text; the first place of the cache that it sees, and the
-// first that is free, which it gets.
-struct Place { int position, first, free; };
+// Where the token is: its position in the text, and the first free place of the cache, which it
+// gets.
+struct Place {
+    int position, free;
+    // The first place of the cache that it sees.
+    __device__ int first() const { return WINDOW ? max(0, free + 1 - WINDOW) : 0; }
+};
 
 // RMSNorm of `in` (DIM), which becomes the input.
 __device__ void normalize(const Number* in, const Number* weight) {
@@ -127,8 +132,8 @@ __device__ void attention(
         max_logit = score(query, new_key);
         sum_exp = 1;
     }
-    int per_split = (place.free - place.first + n_splits - 1) / n_splits;
-    int start = place.first + split * per_split, end = min(start + per_split, place.free);
+    int per_split = (place.free - place.first() + n_splits - 1) / n_splits;
+    int start = place.first() + split * per_split, end = min(start + per_split, place.free);
     for (int p = start + warp * POSITIONS; p < end; p += WARPS * POSITIONS) {
         Channels some_keys[POSITIONS], some_values[POSITIONS];
         for (int j = 0; j < POSITIONS; j++) {
@@ -246,7 +251,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
 
     // Attention: each head's positions in splits, for as many blocks as there are.
     int n_splits = min(max(n_blocks / N_HEADS, 1), MAX_SPLITS);
-    n_splits = min(n_splits, (here.free - here.first) / 64 + 1);
+    n_splits = min(n_splits, (here.free - here.first()) / 64 + 1);
     for (int item = block; item < N_HEADS * n_splits; item += n_blocks) {
         attention(item / n_splits, item % n_splits, n_splits, qkv, qkv_lora, q_norm, k_norm, keys,
                   values, frequencies, here, capacity, splits + item * SPLIT);

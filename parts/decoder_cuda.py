@@ -61,6 +61,7 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
         "HEAD_DIM": args.head_dim,
         "HAS_BIAS": int(any("bias" in m for linear in linears for m in linear[:3])),
         "HAS_HEAD_NORM": int("q_norm" in model.layers[0].attention),
+        "WINDOW": args.sliding_window or 0,
         "AMPLITUDE": amplitude(args.rope),
         "EPSILON": float(args.norm_eps),
         "THREADS": THREADS,
@@ -115,7 +116,9 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     args, dtype = model.args, model.norm.weight.dtype
     layers = [kernel_inputs(layer) for layer in model.layers]
     frequencies = frequency_table(args.rope)
-    barrier = mx.zeros(64, mx.uint64)  # one would lie in memory that MLX shares with the processor
+    # Arrays of 8 bytes lie in memory that MLX shares with the processor: what it writes, such as
+    # the place of a token, is there at once. What the GPU writes is longer, for its sake.
+    barrier = mx.zeros(64, mx.uint64)
     mx.eval(layers, frequencies, barrier)
     n_projected = (args.n_heads + 2 * args.n_kv_heads) * args.head_dim
     n_split_floats = args.n_heads * MAX_SPLITS * (args.head_dim + 4)
@@ -135,7 +138,7 @@ def kernel_layers(model: nn.Module) -> Callable | None:
                     (n_split_floats,),
                     x.shape,
                     (args.hidden_dim,),
-                    (sum(ranks) + 1,),
+                    (sum(ranks) + 64,),
                     (len(ranks),),
                 ],
                 output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype, mx.float32, mx.uint64],
@@ -151,18 +154,10 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     def run_layers(x: mx.array, caches: list[KVCache]) -> mx.array:
         nonlocal previous  # the layers' output for the last token, so that this one's come after
         states = [cache.state for cache in caches]
-        previous = run(x, mx.array(place_of_next(caches[0])), states, previous)
+        place = mx.array([caches[0].offset, caches[0].n_filled])
+        previous = run(x, place, states, previous)
         for cache in caches:
             cache.offset += 1  # the kernel has written keys and values
         return previous
 
     return run_layers
-
-
-def place_of_next(cache: KVCache) -> list[int]:
-    """The position of the next token; the first place of the cache that it sees, and the first that
-    is free.
-    """
-    free = cache.n_filled
-    first = 0 if cache.window is None else max(0, free + 1 - cache.window)
-    return [cache.offset, first, free]

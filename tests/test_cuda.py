@@ -283,7 +283,9 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", ["numbers.cuh", "ops_cuda.cu", "decoder_cuda.cu"])
+@pytest.mark.parametrize(
+    "name", ["numbers.cuh", "ops_cuda.cu", "decoder_products.cuh", "decoder_cuda.cu"]
+)
 def test_an_error_of_the_compiler_names_the_file_of_the_kernel_and_the_line(name):
     lines = (ROOT / "parts" / name).read_text("utf-8").splitlines(keepends=True)
     broken = [*lines[:9], "#error broken\n", *lines[10:]]
