@@ -112,7 +112,7 @@ def choose(found: list[Candidate], vocab_size: int, folder: Path) -> Candidate:
     best = max(fitting or originals, key=lambda one: one.n_tokens, default=last)
     if best is last or last in originals or last.n_tokens > vocab_size >= best.n_tokens:
         return best
-    agree = all(last.ids.get(name, i) == i for name, i in best.ids.items())
+    agree = all(last.ids.get(name) == i for name, i in best.ids.items())
     return best if agree and last.n_tokens <= best.n_tokens else last
 
 
@@ -220,12 +220,15 @@ def beginning_and_ends(
 ) -> tuple[int | None, list[int]]:
     """Return the token that begins a text, None for none, and those that end one.
 
-    As transformers does: `add_bos_token` of tokenizer_config.json decides on the first, else what
-    the file itself adds. Any of tokenizer_config.json's, generation_config.json's and config.json's
-    tokens ends a text, the first of them that of a training.
+    As transformers 5 does: a tokenizer.json says itself what begins a text; with a SentencePiece
+    model its own token does, unless tokenizer_config.json has `"add_bos_token": false`. Any token
+    of tokenizer_config.json, generation_config.json and config.json ends a text, the first of them
+    that of a training.
     """
-    bos_id = chosen.ids.get(name_of(config.get("bos_token")), chosen.bos_id)
-    adds = config.get("add_bos_token", chosen.bos_id is not None)
+    bos_id = chosen.bos_id
+    if "tokenizer.model" in chosen.files:
+        bos_id = chosen.ids.get(name_of(config.get("bos_token")), bos_id)
+        bos_id = bos_id if config.get("add_bos_token", True) else None
     generation = folder / "generation_config.json"
     ends = [chosen.ids.get(name_of(config.get("eos_token")))]
     for source in (read_json(generation) if generation.is_file() else {}, hf_config):
@@ -235,7 +238,7 @@ def beginning_and_ends(
     ends = ends or chosen.ends
     if not ends:
         raise ValueError(f"{chosen.path} has no token for the end of a text (eos_token)")
-    return bos_id if adds else None, ends
+    return bos_id, ends
 
 
 def name_of(token: str | dict | None) -> str | None:
