@@ -58,7 +58,7 @@ class Tokenizer:
         self.bos_id, self.eos_ids = bos_id, frozenset(eos_ids)
         self._eos_id = eos_ids[0]
         self.special_tokens = special_tokens
-        self._reader.hide(ids)
+        self._reader.hide({bos_id, self._eos_id} - {None}, self.eos_ids)
 
     @property
     def eos_id(self) -> int:
@@ -159,8 +159,9 @@ class SentencePiece:
     def own_ids(self) -> tuple[int | None, list[int]]:
         return self._model.bos_id(), [self._model.eos_id()]
 
-    def hide(self, ids: list[int]) -> None:
-        """Take these for special tokens too."""
+    def hide(self, own: set[int], ends: frozenset[int]) -> None:
+        """Take these for special tokens too, of `ends` what is no piece of a text."""
+        ids = own | ends
         self._hidden = {i for i, token in self._added.items() if token.special or i in ids}
         words = {i: token.content for i, token in self._added.items() if i not in self._hidden}
         self._words = any_of(words.values())
@@ -254,11 +255,11 @@ class HuggingFace:
         ids = self._model.encode("a", add_special_tokens=True).ids
         return ids[0] if ids[:1] != alone[:1] else None
 
-    def hide(self, ids: list[int]) -> None:
-        """Take these for special tokens too."""
+    def hide(self, own: set[int], ends: frozenset[int]) -> None:
+        """Take these for special tokens too, of `ends` what is no piece of a text."""
         from tokenizers import AddedToken
 
-        for token in ids:
+        for token in own | (ends & self._added.keys()):
             if not (token in self._added and self._added[token].special):
                 content = self._model.id_to_token(token) or ""  # adds nothing
                 self._model.add_special_tokens([AddedToken(content, normalized=False)])

@@ -7,6 +7,7 @@ import inspect
 import json
 import pickle
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -152,18 +153,18 @@ def test_a_tokenizer_can_be_pickled(kind, request):
 # Special tokens
 
 
-@pytest.mark.parametrize("names", [("<|eot_id|>", "<|begin_of_text|>"), ("<|eom_id|>", "\n")])
-def test_special_tokens_of_llama_3_are_read_as_metas_reader_reads_them(llama3, names):
-    ours = Tokenizer(llama3.ours.path, 128000, [128001, 128009], special_tokens=True)
-    for text in ("{0}", "a{0}b", "x {0}\n{1} y", "{0}{1}{0}", " {1} {0} 12"):
-        text = "x" + text.format(*names)
-        assert ours.encode(text) == llama3.encode(text, allowed_special="all")
-        assert ours.encode(text, special_tokens=False) == llama3.encode(text)
+def test_special_tokens_of_llama_3_are_read_as_metas_reader_reads_them(llama3):
+    read = partial(llama3.ours.encode, special_tokens=True)
+    for names in (("<|eot_id|>", "<|begin_of_text|>"), ("<|eom_id|>", "\n")):
+        for text in ("{0}", "a{0}b", "x {0}\n{1} y", "{0}{1}{0}", " {1} {0} 12"):
+            text = "x" + text.format(*names)
+            assert read(text) == llama3.encode(text, allowed_special="all")
+            assert llama3.ours.encode(text) == llama3.encode(text)
     # A text that names its beginning and end gets no second ones; the end of a training's comes.
     text = "<|begin_of_text|>Hi<|end_of_text|>"
-    assert ours.encode(text, eos=True) == [128000, 13347, 128001]
-    assert ours.encode("Hi<|eot_id|>", eos=True) == [128000, 13347, 128009, 128001]
-    assert ours.decode(ours.encode(text + "<|eot_id|>")) == "Hi"
+    assert read(text, eos=True) == [128000, 13347, 128001]
+    assert read("Hi<|eot_id|>", eos=True) == [128000, 13347, 128009, 128001]
+    assert llama3.ours.decode(read(text + "<|eot_id|>")) == "Hi"
 
 
 def test_special_tokens_of_a_tokenizer_json_are_read_as_transformers_reads_them(hugging_face):
@@ -232,6 +233,14 @@ def test_added_words_that_are_not_special_are_always_tokens(tmp_path):
     assert ours.find_special("a zebrafish swims") is None
     # Unless one ends a text.
     assert 32000 not in load_tokenizer(folder, 1, [32000]).encode("a zebrafish swims")
+
+
+def test_a_piece_of_text_that_ends_texts_stays_one(llama3):
+    """As where config.json has the number that other models' ends have."""
+    ours = Tokenizer(llama3.ours.path, 128000, [128001, 2])
+    assert ours.eos_ids == {128001, 2}
+    assert ours.encode("# a #") == llama3.encode("# a #")
+    assert ours.decode(ours.encode("# a #")) == "# a #"
 
 
 def test_texts_that_name_special_tokens_are_warned_of_once(tmp_path):
