@@ -27,6 +27,7 @@ RESERVED = "<|reserved_special_token_{}|>"
 
 # The first special tokens of a tekken.json that lists none (mistral-common's defaults); the others
 # have names that no text holds.
+TEKKEN_BOS, TEKKEN_EOS = 1, 2
 TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
     *("[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]"),
@@ -131,10 +132,10 @@ def tekken_tokenizer(path: Path) -> bytes:
         pattern = config["pattern"]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no tokenizer of Tekken ({error!r}): download it") from error
-    if ranks != list(range(n_tokens)) or not isinstance(pattern, str):
+    if ranks != list(range(n_tokens)) or TEKKEN_EOS not in special or not isinstance(pattern, str):
         raise ValueError(f"{path} has too few tokens, or their ranks are not in order")
     check_tokens(tokens, path)
-    return tokenizer_json(tokens, n_special, special, pattern, 1)
+    return tokenizer_json(tokens, n_special, special, pattern, TEKKEN_BOS)
 
 
 def tokenizer_json(

@@ -19,7 +19,13 @@ from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
-from parts.byte_level_bpe import is_tiktoken, llama3_tokenizer, tekken_tokenizer
+from parts.byte_level_bpe import (
+    TEKKEN_BOS,
+    TEKKEN_EOS,
+    is_tiktoken,
+    llama3_tokenizer,
+    tekken_tokenizer,
+)
 from parts.files import check_content, find_file, read_json
 from parts.tokenizers import END_NAMES, AddedToken, read_added_tokens
 
@@ -162,7 +168,7 @@ def read_tekken(path: Path) -> Candidate:
     """Read Tekken's tekken.json."""
     content = tekken_tokenizer(path)
     ids = token_ids(json.loads(content))
-    return Candidate(path, ids, ids.get("<s>"), [ids["</s>"]], {"tokenizer.json": content})
+    return Candidate(path, ids, TEKKEN_BOS, [TEKKEN_EOS], {"tokenizer.json": content})
 
 
 def read_hugging_face(path: Path) -> Candidate:
@@ -177,6 +183,8 @@ def read_hugging_face(path: Path) -> Candidate:
         ids = token_ids(content)
     except Exception as error:  # which the package raises, of no other class
         raise ValueError(f"{path} is no tokenizer of Hugging Face's: {error}") from error
+    if content.get("decoder") is None:
+        raise ValueError(f"{path} does not say how tokens become text (decoder)")
     files: dict[str, Path | bytes] = {"tokenizer.json": path}
     taken = set(ids.values())
     added = [token for token in read_added_tokens(path.parent) if token.content not in ids]

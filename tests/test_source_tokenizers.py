@@ -12,7 +12,7 @@ import transformers
 from conftest import MISTRAL_TOKENIZER, QUICK, call_script, write_jsonl, write_quick_model
 from mlx.utils import tree_flatten
 from sentencepiece import SentencePieceProcessor
-from tokenizers import AddedToken, models
+from tokenizers import AddedToken, decoders, models
 from tokenizers import Tokenizer as HuggingFaces
 
 from models import Model, ModelArgs
@@ -130,6 +130,7 @@ def test_a_sentencepiece_model_is_taken_before_a_tokenizer_json_that_agrees(fold
     vocab = {pieces.id_to_piece(i): i for i in range(32768)}
     special = [AddedToken(pieces.id_to_piece(i), normalized=False) for i in range(3)]
     made = HuggingFaces(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    made.decoder = decoders.ByteFallback()
     made.add_special_tokens(special)
     made.save(str(folder / "tokenizer.json"))
     files = read_source_tokenizer(folder, 32768, {}).files
@@ -231,6 +232,9 @@ def test_the_chat_template_is_kept(folder, template):
 # Mistakes
 
 
+NO_DECODER = b"""{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}"""
+
+
 @pytest.mark.parametrize(
     "name, content, says",
     [
@@ -241,6 +245,7 @@ def test_the_chat_template_is_kept(folder, template):
         ("tekken.json", b"version https://git-lfs.github.com/spec/v1\n", "git-lfs pointer"),
         ("tokenizer.json", b'{"model": {"vocab": {}}}', "is no tokenizer of Hugging Face's"),
         ("tokenizer.json", b"{", "is not JSON"),
+        ("tokenizer.json", NO_DECODER, "does not say how tokens become text"),
         ("tekken.json", b"{}", "is no tokenizer of Tekken"),
         ("tokenizer.model", b"\x0a\x05abcde", "is no SentencePiece model"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\nIw== 2\n", "lacks tokens of one byte"),
