@@ -139,7 +139,9 @@ def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
 
 
 def read_params(metadata: dict) -> dict:
-    """Return `params.json` as Meta writes it: the vocabulary's size is left to the tokenizer."""
+    """Return `params.json` as Meta writes it, where the vocabulary's size is left to the tokenizer;
+    and the context length, which Meta does not write.
+    """
     n_heads = int(metadata["llama.attention.head_count"])
     return {
         "dim": int(metadata["llama.embedding_length"]),
@@ -149,6 +151,7 @@ def read_params(metadata: dict) -> dict:
         "multiple_of": 256,
         "norm_eps": round(float(metadata["llama.attention.layer_norm_rms_epsilon"]), 9),
         "rope_theta": float(metadata["llama.rope.freq_base"]),
+        "max_position_embeddings": int(metadata["llama.context_length"]),
         "vocab_size": -1,
     }
 

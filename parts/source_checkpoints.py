@@ -12,6 +12,7 @@ another order (see `parts.hugging_face`). All layouts of one model convert to eq
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ import torch
 
 from parts.cli import did_you_mean
 from parts.files import find_file, read_json
-from parts.hugging_face import from_hugging_face
+from parts.hugging_face import DEFAULTS, from_hugging_face
 from parts.lazy_tensors import (
     LazyTensor,
     Shards,
@@ -29,7 +30,7 @@ from parts.lazy_tensors import (
     split_axis,
 )
 from parts.params_json import params_of
-from parts.unsupported import check_folder, check_params, check_tensor_names
+from parts.unsupported import check_config, check_folder, check_params, check_tensor_names
 
 
 class Checkpoint(NamedTuple):
@@ -70,17 +71,19 @@ def open_meta(folder: Path) -> Checkpoint | None:
         return None
     for i in range(int(files[-1].suffixes[-2][1:]) + 1):
         find_file(folder / f"consolidated.{i:02}.pth")
-    return with_params(folder, collect_shards(map(open_torch, files)))
+    return open_release(folder, files, open_torch)
 
 
 def open_mistral(folder: Path) -> Checkpoint | None:
     """Open the file of Mistral's layout; None where there is none."""
     file = folder / "consolidated.safetensors"
-    return with_params(folder, collect_shards([open_safetensors(file)])) if file.is_file() else None
+    return open_release(folder, [file], open_safetensors) if file.is_file() else None
 
 
-def with_params(folder: Path, tensors: Shards) -> Checkpoint:
-    """Return the checkpoint of these tensors, which params.json describes.
+def open_release(
+    folder: Path, files: list[Path], open_file: Callable[[Path], dict[str, LazyTensor]]
+) -> Checkpoint:
+    """Open the files of a release, which params.json describes.
 
     Mistral's repositories have Hugging Face's files, too: their config.json says what params.json
     leaves out. Raises FileNotFoundError, or ValueError for a model that cannot be run.
@@ -88,6 +91,7 @@ def with_params(folder: Path, tensors: Shards) -> Checkpoint:
     source, config = folder / "params.json", folder / "config.json"
     params = read_json(source)
     check_params(params, source)
+    tensors = collect_shards(map(open_file, files))
     check_tensor_names(tensors, folder)
     beside = read_json(config) if config.is_file() else None
     if beside is not None and "max_position_embeddings" in beside:
@@ -99,6 +103,8 @@ def with_params(folder: Path, tensors: Shards) -> Checkpoint:
 def open_hugging_face(folder: Path) -> Checkpoint | None:
     """Open the files of Hugging Face's layout, safetensors first; None where there are none."""
     source = folder / "config.json"
+    if source.is_file():  # before files are missed that nobody needs to download
+        check_config(read_json(source), DEFAULTS)
     for whole, open_file in (
         (folder / "model.safetensors", open_safetensors),
         (folder / "pytorch_model.bin", open_torch),

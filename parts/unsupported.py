@@ -90,10 +90,12 @@ def check_config(config: dict, supported: Iterable[str]) -> None:
     for name in ("vision_config", "text_config", "audio_config"):
         if config.get(name):
             raise refusal(source, f"a model that sees or hears ({kind}, {name})")
+    listed = config.get("architectures")
+    classes = " ".join(map(str, listed)) if isinstance(listed, list) else ""
     if kind not in supported:
-        listed = config.get("architectures")
-        classes = " ".join(map(str, listed)) if isinstance(listed, list) else ""
         raise refusal(source, f"the architecture {kind or classes or 'that it does not name'}")
+    if classes and "ForCausalLM" not in classes:  # such as a classifier's
+        raise refusal(source, f"the architecture {classes}")
 
 
 def check_params(params: dict, source: Path) -> None:

@@ -152,6 +152,7 @@ def test_the_layout_is_metas(base_model):
         "multiple_of": 256,
         "norm_eps": 1e-5,
         "rope_theta": 100000.0,
+        "max_position_embeddings": 8192,
         "vocab_size": -1,
     }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import MISTRAL_TOKENIZER, run_script
 
-from parts import source_checkpoints
+from parts import source_checkpoints, source_tokenizers
 from parts.files import check_content
 from parts.legacy_torch import open_legacy
 from parts.records import parse_record
@@ -100,7 +100,7 @@ def test_in_a_checkpoints_folder(tmp_path, name, others):
 def test_a_checkpoints_tokenizer(tmp_path):
     (tmp_path / "tokenizer.model").write_text(LFS)
     with pytest.raises(ValueError, match=f"tokenizer.model is {NAMES_LFS}"):
-        source_checkpoints.find_tokenizer(tmp_path, 32000)
+        source_tokenizers.read_source_tokenizer(tmp_path, 32000)
     (tmp_path / "consolidated.00.pth").write_text(LFS)
     (tmp_path / "params.json").write_text("{}")
     says = error_of("convert.py", "--torch-path", tmp_path, "--mlx-path", tmp_path / "mlx")

@@ -465,6 +465,7 @@ MIXED["max_window_layers"] = 1
         ({"rope_parameters": {"rope_type": "dynamic"}}, "of the kind dynamic", "a Llama"),
         ({"partial_rotary_factor": 0.5}, "RoPE of a part of each head", "a Llama"),
         ({"hidden_act": "gelu"}, "the activation gelu", "a Llama"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForSequence", "a Llama"),
     ],
 )
 def test_what_cannot_be_run_is_refused_by_its_name(qwen, tmp_path, change, says, instead):
@@ -530,6 +531,12 @@ def test_quantized_tensors_are_refused_whatever_config_json_says(qwen, tmp_path,
     assert process.returncode == 2
     assert by in process.stderr and "unquantized release" in process.stderr
     assert not (tmp_path / "mlx").exists()
+
+
+def test_what_is_refused_need_not_be_downloaded(tmp_path):
+    write_json(tmp_path / "config.json", {"model_type": "mixtral"})
+    (tmp_path / "model-00001-of-00019.safetensors").write_bytes(b"")
+    assert "Mixtral, a mixture of experts," in convert(tmp_path, tmp_path / "mlx").stderr
 
 
 def test_an_adapter_or_a_gguf_file_in_a_models_place_is_named(tmp_path):
