@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import call_script, write_quick_tokenizer
+from conftest import MISTRAL_TOKENIZER, call_script, write_quick_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -373,6 +373,52 @@ def test_rows_of_biases_and_norms_are_permuted_as_those_of_weights():
 
 
 # -------------------------------------------------------------------------------------------------
+# What stands beside a tokenizer
+
+
+def write_with_tokenizer(folder: Path, config: dict, tokenizer: Path, **beside: dict) -> Path:
+    """Write a Mistral, which wants to end with token 32000 if it has one, and its tokenizer."""
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    model = make_model(Family("Mistral", {**shape, **config}))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 3
+        model.lm_head.weight[:, 0] = 0
+        model.lm_head.weight[32000:32001, 0] = 8
+        model.model.norm.weight.fill_(1)
+    model.save_pretrained(folder)
+    shutil.copy(tokenizer, folder / "tokenizer.model")
+    for name, content in beside.items():
+        write_json(folder / f"{name}.json", content)
+    return folder
+
+
+def test_the_added_end_token_of_a_chat_model_ends_its_text(tmp_path):
+    """ChatML's tokens, added to Mistral's 32,000, as OpenHermes and others have them."""
+    added = {"<|im_end|>": 32000, "<|im_start|>": 32001}
+    config = {"vocab_size": 32002, "eos_token_id": 32000}
+    folder = write_with_tokenizer(tmp_path / "in", config, MISTRAL_TOKENIZER, added_tokens=added)
+    assert convert(folder, tmp_path / "mlx").stderr == ""
+    assert contents(tmp_path / "mlx").keys() == {
+        "weights.npz", "params.json", "tokenizer.model", "added_tokens.json"
+    }  # fmt: skip
+    assert params_json(tmp_path / "mlx")["eos_ids"] == [32000]
+    flags = "--no-adapter", "--temp", 0, "-n", 5, "-p", "<|im_start|>user\nHi<|im_end|>\n"
+    process = call_script("lora.py", "--model", tmp_path / "mlx", "--special-tokens", *flags)
+    assert process.stdout.endswith("Generating\n<|im_start|>user\nHi<|im_end|>\n\n")
+
+
+def test_a_tokenizer_that_adds_no_beginning_keeps_to_it(tmp_path):
+    """As Yi's."""
+    config = {"vocab_size": 32000}
+    adds = {"add_bos_token": False}
+    folder = write_with_tokenizer(tmp_path / "in", config, MISTRAL_TOKENIZER, tokenizer_config=adds)
+    assert convert(folder, tmp_path / "mlx").returncode == 0
+    assert params_json(tmp_path / "mlx")["bos_id"] is None
+    _, tokenizer = lora.load_model(tmp_path / "mlx", mx.float32)
+    assert len(tokenizer.encode("There is a place")) == 4
+
+
+# -------------------------------------------------------------------------------------------------
 # config.json
 
 
@@ -530,6 +576,27 @@ def test_quantized_tensors_are_refused_whatever_config_json_says(qwen, tmp_path,
     process = convert(folder, tmp_path / "mlx")
     assert process.returncode == 2
     assert by in process.stderr and "unquantized release" in process.stderr
+    assert not (tmp_path / "mlx").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"num_hidden_layers": "3"}, "n_layers is '3', not a positive int"),
+        ({"rope_parameters": "linear"}, "'linear' does not describe RoPE"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "8"}}, "factor of rope_scaling"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+        ({"num_key_value_heads": 3}, "n_heads 4 is no multiple of n_kv_heads"),
+        ({"sliding_window": [8], "use_sliding_window": True, "max_window_layers": 0}, "[8]"),
+    ],
+)
+def test_a_config_json_that_makes_no_sense_is_one_line(qwen, tmp_path, values, says):
+    folder = change(qwen[0], tmp_path / "in", layer_types=None, **values)
+    process = convert(folder, tmp_path / "mlx")
+    assert process.returncode == 2
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    assert "config.json: " in process.stderr and says in process.stderr
     assert not (tmp_path / "mlx").exists()
 
 
