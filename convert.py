@@ -4,7 +4,7 @@ python convert.py --torch-path mistral-7B-v0.1/ --mlx-path mistral-7B-v0.1-mlx/
 python convert.py --torch-path Qwen2.5-7B-Instruct/ --mlx-path qwen-4bit/ -q
 
 Models: Llama 1, 2, 3, 3.1, 3.2 (1B, 3B), 3.3, CodeLlama, TinyLlama, SmolLM, Yi, DeepSeek's Llamas;
-Mistral 7B, Nemo, Small (to 2501), Mathstral, Codestral 22B; Qwen 2, 2.5 and 3 of one size.
+Mistral 7B, Nemo, Small (to 2501), Mathstral, Codestral 22B; Qwen 2, 2.5 and 3 (dense).
 
 In: a folder with the weights and the tokenizer, as it is downloaded:
 - Meta's consolidated.00.pth, or its parts consolidated.00.pth, consolidated.01.pth, ..., and

@@ -6,7 +6,7 @@ from pathlib import Path
 
 INSTEAD = "a Llama, Mistral, Qwen 2, 2.5 or 3 model for text"
 DENSE_MISTRAL = "Mistral 7B, Nemo or Small 3"
-DENSE_QWEN = "Qwen 2.5 or Qwen 3 of one size, such as Qwen3-8B"
+DENSE_QWEN = "Qwen 2.5 or a dense Qwen 3, such as Qwen3-8B"
 UNQUANTIZED = "the model's own unquantized release, and convert.py -q"
 
 # By the `model_type` of config.json, whole: what it is, and what to take instead.
