@@ -6,6 +6,7 @@ the file's own, by its keys and shapes. A scale other than 2.0 is in the archive
 which readers of NumPy's format pass over: `{"scale": 4.0}`.
 """
 
+import argparse
 import io
 import json
 import math
@@ -19,6 +20,7 @@ from typing import BinaryIO
 import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.cli import warn
 from parts.files import check_content, is_safetensors, partial_file
 from parts.run_files import find_siblings, sibling
 
@@ -214,22 +216,37 @@ def scale_of(model: nn.Module) -> float:
     return next((m.scale for m in model.modules() if "lora_a" in m), LORA_SCALE)
 
 
-def describe_lora(model: nn.Module) -> str:
-    """Return what of the model is adapted: "rank 8 in wq wv of 16 of 32 layers"."""
-    adapted = [
-        (i, name, layer[block][name])
+def adapted_projections(model: nn.Module) -> list[tuple[int, str, int]]:
+    """Return layer, name and rank of each projection that is adapted."""
+    return [
+        (i, name, layer[block][name].lora_a.shape[1])
         for i, layer in enumerate(model.layers)
         for name, block in PROJECTIONS.items()
         if "lora_a" in layer[block][name]
     ]
-    names = [name for name in PROJECTIONS if name in {name for _, name, _ in adapted}]
-    ranks = sorted({linear.lora_a.shape[1] for *_, linear in adapted})
+
+
+def describe_lora(model: nn.Module) -> str:
+    """Return what of the model is adapted: "rank 8 in wq wv of 16 of 32 layers"."""
+    layers, names, ranks = map(set, zip(*adapted_projections(model), strict=True))
+    names = [name for name in PROJECTIONS if name in names]
     scale = scale_of(model)
     times = f" times {scale:g}" if scale != LORA_SCALE else ""
     return (
-        f"rank {' and '.join(map(str, ranks))}{times} in {' '.join(names)} of "
-        f"{len({i for i, *_ in adapted})} of {len(model.layers)} layers"
+        f"rank {' and '.join(map(str, sorted(ranks)))}{times} in {' '.join(names)} of "
+        f"{len(layers)} of {len(model.layers)} layers"
     )
+
+
+def warn_of_flags(model: nn.Module, args: argparse.Namespace) -> None:
+    """Warn where a run begins from adapters that are not what its flags describe: they stay."""
+    settings = {(name, rank) for _, name, rank in adapted_projections(model)}
+    asked = {(name, args.lora_rank) for name in args.lora_projections}
+    if settings != asked or scale_of(model) != args.lora_scale:
+        warn(
+            f"{args.resume_adapter_file} decides what is adapted, rather than --lora-projections, "
+            f"--lora-rank and --lora-scale: {describe_lora(model)}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.adapters import warn_of_flags
 from parts.interrupts import Interrupts
 from parts.ranks import Ranks
 from parts.run_log import Meter, TrainingLog, read_log, say
@@ -36,6 +37,8 @@ def start_run(
     state = RunState(model, optimizer, Meter(), fingerprint, args.adapter_file, ranks)
     if args.resume_adapter_file is not None:
         state.resume(args.resume_adapter_file, args.iters)
+        if not state.meter.iteration:
+            warn_of_flags(model, args)
     done = state.meter.iteration
     entries = read_log(args.resume_adapter_file, done) if done else []
     if state.best.last < done:  # a validation that a kill has parted from its save is made again

@@ -259,7 +259,25 @@ def test_a_training_says_and_writes_what_it_adapts(trained):
     with np.load(adapter) as archive:
         assert len(archive.files) == 2 * 2 * 7
         assert sum(archive[name].size for name in archive.files) == n_trainable
-    assert adapters.parse_scale(adapter.read_bytes(), adapter) == 4.0
+    for file in (adapter, adapter.with_suffix(".best.npz")):
+        assert adapters.parse_scale(file.read_bytes(), file) == 4.0
+
+
+def test_a_run_from_adapters_alone_keeps_what_they_adapt_and_says_so(
+    quantized, data, trained, tmp_path
+):
+    adapter = tmp_path / "alone.npz"
+    adapter.write_bytes(trained[1].read_bytes())
+    resumed = "--resume-adapter-file", adapter
+    process = train(quantized, data, tmp_path / "same.npz", 1, *resumed)
+    assert "decides what is adapted" not in process.stderr
+    process = train(quantized, data, tmp_path / "new.npz", 1, *resumed, "--lora-rank", 8)
+    assert f"{adapter} decides what is adapted, rather than --lora-projections" in process.stderr
+    assert ": rank 3 times 4 in wq wk wv wo w1 w2 w3 of 2 of 3 layers" in process.stderr
+    for name in ("same.npz", "new.npz"):
+        content = (tmp_path / name).read_bytes()
+        assert adapters.parse_scale(content, name) == 4.0
+        assert adapters.parse_adapter(content, name).keys() == dict(np.load(adapter)).keys()
 
 
 def test_a_resumed_run_with_dropout_ends_as_one_never_interrupted(
