@@ -41,6 +41,7 @@ best              the best validation of a run, and how long ago that was
 adapters          the adapter file: read, check, write
 dropout           masks of LoRA's inputs, the same at each run
 save_and_resume   crash-safe save and resume
+fingerprint       what decides a run's result, which resuming checks
 run_log           steps and seconds, lines and summaries, the log file, the plot
 run_files         the files that a training writes, and whether those in their places are one's
 interrupts        what Ctrl-C does to a training

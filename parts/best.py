@@ -19,7 +19,7 @@ class Best(NamedTuple):
     last: int = 0
     n_worse: int = 0  # validations since, without a better one
     matrices: dict | None = None  # of that iteration, as a tree; None where they are saved
-    digest: str = ""  # SHA-256 of the file that holds them, once it is written
+    digest: str = ""  # SHA-256 of the file that holds them, or of what the run began with
 
     def compare(self, iteration: int, loss: float, matrices: dict) -> "Best":
         """Return the best after a validation of these matrices; 0 is the one before any update.
@@ -27,7 +27,8 @@ class Best(NamedTuple):
         One that was compared already, before the run was interrupted, changes nothing.
         """
         if iteration == 0:
-            return Best(base=loss, loss=loss if math.isfinite(loss) else math.inf)
+            lowest = loss if math.isfinite(loss) else math.inf
+            return Best(base=loss, loss=lowest, digest=self.digest)
         if iteration <= self.last:
             return self
         if loss < self.loss:

@@ -18,7 +18,6 @@ random numbers but those of the data's order, which depends on the seed and the 
 dropout, which depends on the seed and the batch's number alone.
 """
 
-import argparse
 import io
 import json
 import math
@@ -42,7 +41,7 @@ from parts.adapters import (
 from parts.best import Best
 from parts.cli import warn
 from parts.files import atomic_write, digest, partial_file
-from parts.model_folder import checksums
+from parts.fingerprint import check_fingerprint, instead_of
 from parts.ranks import Ranks
 from parts.run_files import sibling
 from parts.run_log import Meter, StepResult, say
@@ -52,64 +51,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-DECISIVE_FLAGS = (
-    "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_dropout", "lora_layers",
-    "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "max_grad_norm", "seed", "warmup",
-    "weight_decay",
-)  # fmt: skip
-# Of the states of versions that had no such flag.
-FORMER_VALUES = {
-    "--grad-accumulation": 1,
-    "--lora-dropout": 0,
-    "--lora-projections": ["wq", "wv"],
-    "--lora-rank": 8,
-    "--lora-scale": LORA_SCALE,
-    "--lr-schedule": "constant",
-    "--max-grad-norm": None,
-    "--warmup": 0,
-    "--weight-decay": 0,
-}
-
 
 class NotSaved(OSError):
     """The last save failed."""
 
     def __init__(self, adapter_file: str | Path):
         super().__init__(f"the adapters of the last step could not be saved to {adapter_file}")
-
-
-def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespace) -> dict:
-    """Return what decides a run's result, by the name that an error gives it. A state of another
-    fingerprint is not resumed from.
-
-    rows: the token ids of the training set. params: of the model. args: with `model`, its folder.
-    Raises OSError.
-    """
-    tokens = np.concatenate([np.append(len(row), row) for row in rows])
-    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
-    if args.lr_schedule != "constant":  # it depends on how many updates there are
-        flags["--iters"] = args.iters
-    return {
-        "the training data": digest(tokens.tobytes()),
-        "the model": digest(checksums(Path(args.model) / "weights.npz")),
-        "params.json": params,
-        **flags,
-    }
-
-
-def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
-    """Raise ValueError, which names the difference, where the state in `path` is of another run."""
-    params = {**fingerprint["params.json"], **saved.get("params.json", {})}
-    saved = {**FORMER_VALUES, **saved, "params.json": params}  # an older state does not tell all
-    for name, value in fingerprint.items():
-        if saved.get(name, value) != value:
-            was = f" ({saved.get(name)} then)" if name.startswith("--") else ""
-            raise ValueError(f"{name} is not that of the run in {path}{was}; {instead_of(path)}")
-
-
-def instead_of(path: Path) -> str:
-    """Return what to do about a state that cannot be resumed from."""
-    return f"to begin a new run from the weights alone, move {path} away"
 
 
 class Snapshot(NamedTuple):
@@ -159,6 +106,9 @@ class RunState:
         content = self.ranks.read(path)
         if content is None:
             say(f"A new run begins from the weights in {adapter}: there is no {path}")
+            is_best = adapter.resolve() == sibling(self.adapter_file, ".best.npz").resolve()
+            if is_best and self.ranks.rank == 0:
+                self.best = Best(digest=digest(adapter.read_bytes()))
             return
         try:
             with np.load(io.BytesIO(content)) as archive:
@@ -331,8 +281,9 @@ def write_run(adapter_file: str | Path, snapshot: Snapshot, fingerprint: dict) -
         with atomic_write(sibling(adapter, ".state.npz")) as state_file:
             np.savez(state_file, **state)  # 2, and 3 at the end of this block
     # 4 was the end of the outer block
-    if not best.iteration and best_path.is_file():  # another run's, whose adapters are replaced
-        best_path.unlink()
+    has_other = not best.iteration and best_path.is_file()
+    if has_other and digest(best_path.read_bytes()) != best.digest:
+        best_path.unlink()  # another run's, as were the adapters that are replaced
     return best_files[0]
 
 

@@ -11,10 +11,11 @@ from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.adapters import warn_of_flags
+from parts.fingerprint import run_fingerprint
 from parts.interrupts import Interrupts
 from parts.ranks import Ranks
 from parts.run_log import Meter, TrainingLog, read_log, say
-from parts.save_and_resume import RunState, run_fingerprint
+from parts.save_and_resume import RunState
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -302,6 +302,22 @@ def test_a_best_file_of_another_run_does_not_stay(overfitted, tiny_model, data, 
     assert not (tmp_path / "adapters.best.npz").exists()
 
 
+def test_best_adapters_that_a_run_begins_with_stay_until_there_are_better_ones(
+    overfitted, tiny_model, tmp_path
+):
+    _, folder, adapter = overfitted
+    best = Path(shutil.copy(adapter.with_name("adapters.best.npz"), tmp_path))
+    before = best.read_bytes()
+    flags = "--steps-per-eval", 1, "--val-batches", -1, "--learning-rate", 1
+    for iters, resumed in ((2, best), (3, tmp_path / "adapters.npz")):
+        process = train(
+            tiny_model, folder, tmp_path / "adapters.npz", "--iters", iters, *flags,
+            "--resume-adapter-file", resumed,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr
+        assert best.read_bytes() == before
+
+
 def test_the_validation_before_the_first_update_is_only_the_base():
     best = Best().compare(0, 2.0, {"a": 0})
     assert (best.matrices, best.loss) == (None, 2.0)

@@ -1,0 +1,63 @@
+"""What decides a run's result: a run is resumed only with the same data, model and flags."""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.adapters import LORA_SCALE
+from parts.files import digest
+from parts.model_folder import checksums
+
+DECISIVE_FLAGS = (
+    "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_dropout", "lora_layers",
+    "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "max_grad_norm", "seed", "warmup",
+    "weight_decay",
+)  # fmt: skip
+# Of the states of versions that had no such flag.
+FORMER_VALUES = {
+    "--grad-accumulation": 1,
+    "--lora-dropout": 0,
+    "--lora-projections": ["wq", "wv"],
+    "--lora-rank": 8,
+    "--lora-scale": LORA_SCALE,
+    "--lr-schedule": "constant",
+    "--max-grad-norm": None,
+    "--warmup": 0,
+    "--weight-decay": 0,
+}
+
+
+def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespace) -> dict:
+    """Return what decides a run's result, by the name that an error gives it. A state of another
+    fingerprint is not resumed from.
+
+    rows: the token ids of the training set. params: of the model. args: with `model`, its folder.
+    Raises OSError.
+    """
+    tokens = np.concatenate([np.append(len(row), row) for row in rows])
+    flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
+    if args.lr_schedule != "constant":  # it depends on how many updates there are
+        flags["--iters"] = args.iters
+    return {
+        "the training data": digest(tokens.tobytes()),
+        "the model": digest(checksums(Path(args.model) / "weights.npz")),
+        "params.json": params,
+        **flags,
+    }
+
+
+def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
+    """Raise ValueError, which names the difference, where the state in `path` is of another run."""
+    params = {**fingerprint["params.json"], **saved.get("params.json", {})}
+    saved = {**FORMER_VALUES, **saved, "params.json": params}  # an older state does not tell all
+    for name, value in fingerprint.items():
+        if saved.get(name, value) != value:
+            was = f" ({saved.get(name)} then)" if name.startswith("--") else ""
+            raise ValueError(f"{name} is not that of the run in {path}{was}; {instead_of(path)}")
+
+
+def instead_of(path: Path) -> str:
+    """Return what to do about a state that cannot be resumed from."""
+    return f"to begin a new run from the weights alone, move {path} away"
