@@ -1,12 +1,10 @@
 """A model's folder: weights.npz, params.json, the tokenizer and the chat template."""
 
-import fcntl
 import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import numpy as np
 from parts import device, tokenizers  # before MLX, for its BLAS
 from parts.cli import did_you_mean
 from parts.files import check_content, read_json
+from parts.staging import check_folder, staged_folder
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -62,6 +61,19 @@ def load(
     Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
     MemoryError when the memory does not hold the weights.
     """
+    model, tokenizer = open_empty(folder, model_class, args_class, quantizable, special_tokens)
+    load_weights(model, folder / "weights.npz", dtype)
+    return model, tokenizer
+
+
+def open_empty(
+    folder: Path,
+    model_class: type[nn.Module],
+    args_class: type,
+    quantizable: Callable[[str, nn.Module], bool],
+    special_tokens: bool = False,
+) -> tuple[nn.Module, tokenizers.Tokenizer]:
+    """Return the model as `load` does, without its weights, and its tokenizer."""
     tokenizer_file = tokenizers.tokenizer_file(folder)
     for path in (folder / "params.json", folder / "weights.npz", tokenizer_file):
         if not path.is_file():
@@ -78,7 +90,6 @@ def load(
             f"{tokenizer_file} has {tokenizer.vocab_size} tokens, the model "
             f"{model.args.vocab_size}: convert the model with its own tokenizer"
         )
-    load_weights(model, folder / "weights.npz", dtype)
     return model, tokenizer
 
 
@@ -181,7 +192,7 @@ def write_model(
     names, each a file to copy, or its content.
     Raises ValueError where another run writes there, or where something is in the way.
     """
-    with staged_folder(target) as folder:
+    with staged_folder(target, FILES) as folder:
         for name, content in files.items():
             if isinstance(content, Path):
                 shutil.copyfile(content, folder / name)
@@ -202,62 +213,6 @@ def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]]) -
                 member.write(array.data)  # without the copy that NumPy's writer makes
 
 
-@contextmanager
-def staged_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to write a model into, which becomes `target` when all is written.
-
-    Into a folder that exists, the files are moved one by one: it may be a disk of its own, and may
-    hold other files. Those that an earlier model had and this one has not are removed. params.json
-    is away meanwhile, so that no two models can be taken for one.
-    """
-    exists = target.exists()
-    staged = (target / "unfinished") if exists else target.with_name(f"{target.name}.unfinished")
-    is_other = staged.is_symlink() or (staged.exists() and not staged.is_dir())
-    if is_other or (staged.exists() and not set(os.listdir(staged)) <= set(FILES)):
-        raise ValueError(f"{staged} is in the way, where the model is first written: move it")
-    lock = None
-    try:
-        staged.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(staged)
-        for name in os.listdir(staged):  # what a run that was killed has left
-            (staged / name).unlink()
-        yield staged
-        if exists:
-            (target / "params.json").unlink(missing_ok=True)
-            for name in FILES:
-                if (staged / name).exists():
-                    os.replace(staged / name, target / name)
-                else:
-                    (target / name).unlink(missing_ok=True)
-            staged.rmdir()
-        else:
-            staged.rename(target)
-    except BaseException as error:
-        if lock is not None:
-            shutil.rmtree(staged, ignore_errors=True)
-        elif not isinstance(error, ValueError):  # a signal, before the folder was locked
-            with suppress(OSError):
-                staged.rmdir()
-        raise
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def lock_folder(folder: Path) -> int:
-    """Lock a folder for this process, and return what to close when it is done with it.
-
-    Raises ValueError where another one has it.
-    """
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise ValueError(f"another convert.py writes into {folder}: wait for it") from error
-    return lock
-
-
 def check_target(mlx_path: Path, torch_path: Path) -> None:
     """Check that a model may be written into the folder `mlx_path`, before any work is done.
 
@@ -267,24 +222,22 @@ def check_target(mlx_path: Path, torch_path: Path) -> None:
     target = mlx_path.resolve()
     if target.exists() and torch_path.exists() and target.samefile(torch_path):
         raise ValueError(f"--mlx-path is the checkpoint's own folder, {torch_path}: name another")
-    for path in (target, *target.parents):
-        if path.exists() and not path.is_dir():
-            raise NotADirectoryError(f"--mlx-path {mlx_path}: {path} is a file, not a folder")
+    check_folder(target, "--mlx-path")
     check_replaceable(target)
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, flag: str = "--mlx-path") -> None:
     """Raise ValueError where a model in this folder would lie among the files of another, or take
-    the place of what convert.py did not make.
+    the place of what convert.py did not make. flag: that names the folder.
     """
     found = [path.name for pattern in FOREIGN_FILES for path in sorted(folder.glob(pattern))]
     if found:
-        raise ValueError(f"--mlx-path {folder} is another model's, with {found[0]}: name another")
+        raise ValueError(f"{flag} {folder} is another model's, with {found[0]}: name another")
     made = converted_files(folder)
     taken = [name for name in FILES if name not in made and os.path.lexists(folder / name)]
     if taken:
         raise ValueError(
-            f"--mlx-path {folder} holds a {taken[0]} that convert.py did not make: name another"
+            f"{flag} {folder} holds a {taken[0]} that convert.py did not make: name another"
         )
 
 
