@@ -24,6 +24,7 @@ source_checkpoints   Meta's, Mistral's and Hugging Face's layouts of files
 hugging_face      its names, config and order of rows, from one map of names
 params_json       Meta's and Mistral's params.json
 unsupported       refuses what cannot be run, by the name that its users know
+fusing            weights with an adapter merged in, some rows at a time
 staging           a folder written whole or not at all
 lazy_tensors      tensors that stay in their files until they are read; shards joined
 legacy_torch      the files of torch before 1.6

@@ -1,0 +1,271 @@
+"""A model's weights with an adapter merged in, some rows at a time.
+
+A layer with LoRA computes `x Wᵀ + scale (x A) B` (Hu et al., 2021), so that the merged weight is
+`W + scale (A B)ᵀ`. It is computed in float32 and rounded once. Weights in few bits are dequantized,
+or quantized again if asked: what was learnt is small, and rounding to few bits loses part of it.
+
+No array is ever whole in memory: the largest, an embedding, may be larger than all else together.
+"""
+
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+
+import mlx.core as mx
+
+BLOCK = 2**22  # values that are in memory at a time, if heads of a row are not larger
+QUANTIZED = ("weight", "scales", "biases")  # the arrays of a quantized layer
+
+
+class Weight(NamedTuple):
+    """An array to write: its name, shape and type, and a function that yields its rows in blocks,
+    from the first to the last. The rows of a head are never apart.
+
+    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as uint16.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return size * int(np.prod(self.shape))
+
+
+class Update(NamedTuple):
+    """The LoRA matrices of a layer: a (in, rank) and b (rank, out), float32, and their factor."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+# -------------------------------------------------------------------------------------------------
+# Read
+
+
+def open_weights(path: Path, head_dim: int) -> dict[str, Weight]:
+    """Return the arrays of a `weights.npz` by name, in the file's order.
+
+    Raises ValueError where the file is damaged; the blocks raise it where an array is.
+    """
+    weights = {}
+    try:
+        archive = zipfile.ZipFile(path)
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                shape, dtype = read_header(file)
+            name = member.filename.removesuffix(".npy")
+
+            def blocks(name: str = name) -> Iterator[np.ndarray]:
+                return read_blocks(archive, f"{name}.npy", head_dim)
+
+            weights[name] = Weight(name, shape, dtype.name, blocks)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
+    return weights
+
+
+def read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype]:
+    """Read the head of a `.npy` member. Raises ValueError where it is none of convert.py's."""
+    np.lib.format.read_magic(file)
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if by_columns or dtype not in (np.float16, np.uint32):
+        raise ValueError(f"an array of {dtype} that convert.py did not write")
+    return shape, dtype
+
+
+def read_blocks(archive: zipfile.ZipFile, member: str, head_dim: int) -> Iterator[np.ndarray]:
+    """Yield the rows of a member in blocks, of whole heads. The last one's checksum is checked.
+
+    Raises ValueError where the file is damaged.
+    """
+    try:
+        with archive.open(member) as file:
+            shape, dtype = read_header(file)
+            row = int(np.prod(shape[1:]))
+            n_rows = shape[0] if len(shape) < 2 else max(1, BLOCK // row // head_dim) * head_dim
+            for start in range(0, shape[0], n_rows):
+                n = min(n_rows, shape[0] - start)
+                content = bytearray(n * row * dtype.itemsize)
+                if file.readinto(content) != len(content):
+                    raise ValueError("it ends too soon")
+                yield np.frombuffer(content, dtype).reshape(n, *shape[1:])
+            file.read(1)  # the end, where the checksum is compared
+    except (zipfile.BadZipFile, ValueError, EOFError) as error:
+        raise ValueError(f"{member} in {archive.filename} is damaged ({error})") from error
+
+
+# -------------------------------------------------------------------------------------------------
+# Fuse
+
+
+def fuse(
+    weights: dict[str, Weight],
+    updates: dict[str, Update],
+    quantization: dict | None,
+    keep_quantized: bool = False,
+) -> list[Weight]:
+    """Return the weights of the model with the updates merged in.
+
+    weights: as stored; updates: of the adapted layers, by path; quantization: group_size and bits
+    of a quantized model. Layers are dequantized, unless they are to be kept so: then only the
+    adapted ones change.
+    """
+    fused = []
+    for name, weight in weights.items():
+        path, _, kind = name.rpartition(".")
+        update = updates.get(path) if kind in QUANTIZED else None
+        if f"{path}.scales" not in weights or kind not in QUANTIZED:
+            fused.append(weight if update is None else add_update(weight, update))
+        elif keep_quantized and update is None:
+            fused.append(weight)
+        elif kind == "weight":
+            layer = [weights[f"{path}.{part}"] for part in QUANTIZED]
+            whole = dequantize(layer, quantization)
+            whole = whole if update is None else add_update(whole, update)
+            fused += quantize(whole, layer, quantization) if keep_quantized else [whole]
+    return fused
+
+
+def add_update(weight: Weight, update: Update) -> Weight:
+    """Return the weight (out, in) with an update merged in, float32."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        start = 0
+        for block in weight.blocks():
+            columns = update.b[:, start : start + len(block)] * np.float32(update.scale)
+            yield block.astype(np.float32) + columns.T @ update.a.T
+            start += len(block)
+
+    return weight._replace(dtype="float32", blocks=blocks)
+
+
+def dequantize(layer: list[Weight], quantization: dict) -> Weight:
+    """Return the weight (out, in) of a quantized layer, float32.
+
+    layer: its packed weights (uint32), scales and biases.
+    """
+
+    def blocks() -> Iterator[np.ndarray]:
+        for packed, scales, biases in zip_rows(layer):
+            floats = (mx.array(values).astype(mx.float32) for values in (scales, biases))
+            yield np.array(mx.dequantize(mx.array(packed), *floats, **quantization))
+
+    n_rows, n_groups = layer[1].shape
+    shape = (n_rows, n_groups * quantization["group_size"])
+    return Weight(layer[0].name, shape, "float32", blocks)
+
+
+def zip_rows(layer: list[Weight]) -> Iterator[list[np.ndarray]]:
+    """Yield blocks of several arrays of the same number of rows: the same rows of each."""
+    streams = [weight.blocks() for weight in layer]
+    waiting = [next(stream) for stream in streams]
+    while True:
+        n_rows = min(map(len, waiting))
+        yield [block[:n_rows] for block in waiting]
+        for i, block in enumerate(waiting):
+            waiting[i] = block[n_rows:] if len(block) > n_rows else next(streams[i], None)
+        if any(block is None for block in waiting):
+            return
+
+
+def quantize(weight: Weight, layer: list[Weight], quantization: dict) -> list[Weight]:
+    """Return the packed weights, scales and biases of a weight, in the form of `layer`."""
+
+    @lru_cache(maxsize=1)
+    def parts() -> list[np.ndarray]:
+        blocks = (mx.quantize(mx.array(b), **quantization) for b in cast(weight).blocks())
+        pieces = zip(*([np.array(part) for part in block] for block in blocks), strict=True)
+        return [np.concatenate(arrays) for arrays in pieces]
+
+    def blocks_of(i: int) -> Callable[[], Iterator[np.ndarray]]:
+        def blocks() -> Iterator[np.ndarray]:
+            yield parts()[i]
+            if i == len(layer) - 1:
+                parts.cache_clear()
+
+        return blocks
+
+    return [part._replace(blocks=blocks_of(i)) for i, part in enumerate(layer)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Convert
+
+
+def cast(weight: Weight, dtype: str = "float16") -> Weight:
+    """Return a weight as float32, float16 or bfloat16; integers stay as they are.
+
+    The blocks raise ValueError where a value is not finite in that type.
+    """
+    if weight.dtype in (dtype, "uint32"):
+        return weight
+
+    def blocks() -> Iterator[np.ndarray]:
+        for block in weight.blocks():
+            if dtype == "bfloat16":
+                rounded = mx.array(block).astype(mx.bfloat16)
+                yield np.array(rounded.view(mx.uint16))
+                continue
+            with np.errstate(over="ignore"):
+                block = block.astype(dtype)
+            if not np.isfinite(block).all():
+                raise ValueError(
+                    f"{weight.name} holds values that are not finite in {dtype}: train with a "
+                    "smaller --learning-rate, or give --dtype bfloat16"
+                )
+            yield block
+
+    return weight._replace(dtype=dtype, blocks=blocks)
+
+
+def half_split(weight: Weight, head_dim: int) -> Weight:
+    """Return the weight with the rows of each head in half-split order: the first of each pair of
+    channels that RoPE rotates, then the second ones. Ours are pairs of neighbours.
+    """
+
+    def blocks() -> Iterator[np.ndarray]:
+        for block in weight.blocks():
+            pairs = block.reshape(-1, head_dim // 2, 2, *block.shape[1:])
+            yield np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(block.shape)
+
+    return weight._replace(blocks=blocks)
+
+
+def rotated(name: str) -> bool:
+    """Whether RoPE rotates the rows of this array: they are in another order elsewhere."""
+    return name.split(".")[-2] in ("wq", "wk", "q_norm", "k_norm")
+
+
+def total_bytes(weights: Iterable[Weight]) -> int:
+    """The size of the weights in bytes."""
+    return sum(weight.nbytes for weight in weights)
+
+
+# -------------------------------------------------------------------------------------------------
+# Write
+
+
+def write_npz(path: Path, weights: Iterable[Weight]) -> Iterator[int]:
+    """Write a `weights.npz` as convert.py does, byte for byte. Yield the bytes of each block."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for weight in weights:
+            member = zipfile.ZipInfo(f"{weight.name}.npy")
+            with archive.open(member, "w", force_zip64=True) as file:
+                description = np.dtype(weight.dtype).str
+                header = {"descr": description, "fortran_order": False, "shape": weight.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in weight.blocks():
+                    file.write(block.data)
+                    yield block.nbytes
