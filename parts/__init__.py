@@ -25,6 +25,8 @@ hugging_face      its names, config and order of rows, from one map of names
 params_json       Meta's and Mistral's params.json
 unsupported       refuses what cannot be run, by the name that its users know
 export_hugging_face  the way out: its folder, with safetensors and config.json
+export_gguf       the way out to llama.cpp: one GGUF file
+gguf_vocabulary   a tokenizer as GGUF has it
 tokenizer_export  a tokenizer's files for transformers; tokenizer.json of a SentencePiece model
 fusing            weights with an adapter merged in, some rows at a time
 staging           a folder written whole or not at all
