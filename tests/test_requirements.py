@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from packaging.requirements import Requirement
 
-SCRIPTS = ["convert.py", "lora.py", "cwk_create_dataset.py", "base-model/make.py"]
+SCRIPTS = ["convert.py", "lora.py", "fuse.py", "cwk_create_dataset.py", "base-model/make.py"]
 FILES = ["requirements.txt", "requirements-cuda.txt"]
 MANYLINUX = [f"manylinux_2_{n}" for n in range(17, 36)] + ["manylinux2014"]  # glibc up to 2.35
 PLATFORMS = {  # what pip calls them, and what markers do

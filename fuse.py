@@ -1,0 +1,248 @@
+"""Merge an adapter into its model, and write it for other tools: Hugging Face, MLX, GGUF.
+
+python fuse.py --model mlx_model --adapter-file adapters.npz --save-path fused
+python fuse.py --model mlx_model --no-adapter --save-path base --dtype bfloat16
+python fuse.py --model mlx_model --format mlx --save-path fused-mlx
+python fuse.py --model mlx_model --format gguf --dtype q8_0 --save-path fused.gguf
+
+In: a folder that convert.py made, and the adapters that lora.py --train made for it.
+Out, by --format:
+hf    a folder for transformers, mlx-lm, vLLM and llama.cpp's converter;
+mlx   a folder for lora.py --model;
+gguf  one file for llama.cpp, Ollama and LM Studio.
+A quantized model is dequantized, unless --keep-quantized asks for its bits again: these lose part
+of what was learnt, and with --data the script says how much.
+"""
+
+from parts import python_version  # noqa: F401  before what an older Python lacks
+
+import argparse
+import json
+import math
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import cli, export_gguf, export_hugging_face, model_folder
+from parts.cli import did_you_mean
+from parts.files import atomic_write
+from parts.fusing import Update, Weight, cast, fuse, open_weights, total_bytes, write_npz
+from parts.staging import check_folder, staged_folder
+from parts.tokenizer_export import begin_and_ends
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+import lora
+from models import Linear, Model, ModelArgs, quantizable
+
+DTYPES = {
+    "hf": ("float16", "bfloat16"),
+    "mlx": ("float16",),
+    "gguf": ("float16", "bfloat16", "q8_0"),
+}
+
+# -------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the flags of this script, each documented next to its default."""
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="mlx_model", help="folder made by convert.py")
+    add("--adapter-file", default="adapters.npz", help="adapters to merge")
+    add("--no-adapter", action="store_true", help="write the model without adapters")
+    add(
+        "--save-path",
+        help="folder, or file of --format gguf, to write (default: fused, or fused.gguf)",
+    )
+    add("--format", choices=tuple(DTYPES), default="hf", help="for which tools")
+    add(
+        "--dtype",
+        choices=("float16", "bfloat16", "q8_0"),
+        help="type of the weights; q8_0, 8 bits, is for gguf alone (default: float16)",
+    )
+    add(
+        "--keep-quantized",
+        action="store_true",
+        help="of a quantized model, merge into the bits that it has; hf is for mlx-lm alone then",
+    )
+    add("--data", help="folder whose test.jsonl tells what merging costs: the test perplexity")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Find what cannot work before anything is read. Raises ValueError or FileNotFoundError."""
+    dtypes = DTYPES[args.format]
+    if args.dtype is not None and args.dtype not in dtypes:
+        raise ValueError(f"--format {args.format} takes --dtype {' or '.join(dtypes)}")
+    if args.keep_quantized and (args.format == "gguf" or args.dtype is not None):
+        raise ValueError("--keep-quantized goes with --format hf or mlx, and without --dtype")
+    if args.no_adapter and args.data is not None:
+        raise ValueError("--data tells what merging an adapter costs: leave out --no-adapter")
+    if not args.no_adapter and not Path(args.adapter_file).exists():
+        raise FileNotFoundError(
+            f"there is no adapter file {args.adapter_file}{did_you_mean(args.adapter_file)}: make "
+            "one with lora.py --train, or give --no-adapter for the model alone"
+        )
+    target = Path(args.save_path)
+    if target.exists() and Path(args.model).exists() and target.samefile(args.model):
+        raise ValueError(f"--save-path is the model's own folder, {args.model}: name another")
+    if args.format == "gguf":
+        export_gguf.import_gguf()
+        export_gguf.check_replaceable(target)
+        return
+    check_folder(target.resolve(), "--save-path")
+    if args.format == "hf":
+        export_hugging_face.check_replaceable(target.resolve())
+    else:
+        model_folder.check_replaceable(target.resolve(), "--save-path")
+
+
+# -------------------------------------------------------------------------------------------------
+# The model, and what is merged into it
+
+
+def open_model(folder: Path) -> tuple[Model, dict[str, Weight]]:
+    """Return the model of convert.py's folder, none of its parameters computed, and its weights.
+
+    Raises FileNotFoundError or ValueError when a file is missing or malformed, or they do not fit.
+    """
+    model, _ = model_folder.open_empty(folder, Model, ModelArgs, quantizable)
+    weights = open_weights(folder / "weights.npz", model.args.head_dim)
+    shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
+    for name in sorted(shapes.keys() | weights.keys()):
+        if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
+            raise ValueError(f"{folder / 'weights.npz'}: {name} does not go with params.json")
+    return model, weights
+
+
+def read_updates(model: Model, path: str) -> dict[str, Update]:
+    """Return the LoRA matrices of an adapter file, by the path of the layer that they adapt.
+
+    Raises OSError, or ValueError, which names the file and the key, when it does not fit the model.
+    """
+    lora.load_adapter(model, path)
+    return {
+        name: Update(np.array(layer.lora_a), np.array(layer.lora_b), layer.scale)
+        for name, layer in model.named_modules()
+        if "lora_a" in layer
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# The run
+
+
+def export(weights: list[Weight], params: dict, model: Model, args: argparse.Namespace) -> None:
+    """Write the weights in the format that `args` asks for, whole or not at all.
+
+    params: what params.json says of them. Raises ValueError or OSError.
+    """
+    source, target = Path(args.model), Path(args.save_path).resolve()
+    dtype = args.dtype or "float16"
+    values = {**vars(model.args), "quantization": params.get("quantization")}
+    if args.format == "gguf":
+        ids = begin_and_ends(source, values)
+        context = values["max_position_embeddings"] or export_hugging_face.CONTEXT
+        weights = export_gguf.to_gguf(weights, values, model.args.rope, dtype)
+        head = export_gguf.make_head(source, values, model.args.rope, weights, dtype, *ids, context)
+        model_folder.check_space(export_gguf.size_of(head, weights), target)
+        with atomic_write(target) as file:
+            show_progress(export_gguf.write_gguf(file, head, weights), weights)
+        return
+    weights = [cast(weight, dtype) for weight in weights]
+    model_folder.check_space(total_bytes(weights), target)
+    if args.format == "hf":
+        others = export_hugging_face.other_files(source, values, dtype)
+        weights = export_hugging_face.to_hugging_face(weights, model.args.head_dim)
+        with staged_folder(target, export_hugging_face.FILES) as folder:
+            blocks = export_hugging_face.write_folder(folder, weights, others)
+            show_progress(blocks, weights)
+    else:
+        with staged_folder(target, model_folder.FILES) as folder:
+            for name in set(model_folder.FILES) - {"weights.npz", "params.json"}:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+            show_progress(write_npz(folder / "weights.npz", weights), weights)
+            (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+
+
+def show_progress(sizes: Iterable[int], weights: list[Weight]) -> None:
+    """Write what `sizes` yields the bytes of, and show how many are done."""
+    total = total_bytes(weights)
+    with tqdm(desc="Writing", total=total, unit="B", unit_scale=True, disable=None) as bar:
+        for size in sizes:
+            bar.update(size)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Merge and write, and say what was written, and what it costs where there are data."""
+    if args.save_path is None:
+        args.save_path = "fused.gguf" if args.format == "gguf" else "fused"
+    check_arguments(args)
+    model, weights = open_model(Path(args.model))
+    params = json.loads((Path(args.model) / "params.json").read_text(encoding="utf-8"))
+    quantization = params.get("quantization")
+    if args.keep_quantized and quantization is None:
+        raise ValueError(f"--keep-quantized: {args.model} is not quantized")
+    if not args.keep_quantized:
+        params.pop("quantization", None)
+    test_set = None if args.data is None else lora.Dataset(Path(args.data) / "test.jsonl")
+    updates = {} if args.no_adapter else read_updates(model, args.adapter_file)
+    fused = fuse(weights, updates, quantization, args.keep_quantized)
+    export(fused, params, model, args)
+    target = Path(args.save_path)
+    files = target.iterdir() if target.is_dir() else [target]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    print(f"Wrote {args.save_path}, {size / 1e6:.0f} MB", flush=True)
+    if test_set is not None:
+        before, after = compare(fused, updates, test_set, args)
+        print(f"Test ppl {before:.3f} with the adapter, {after:.3f} merged.")
+
+
+def compare(
+    fused: list[Weight], updates: dict[str, Update], test_set: "lora.Dataset", args
+) -> tuple[float, float]:
+    """Return the test perplexity of the model with its adapter beside it, and of it merged."""
+    model, tokenizer = lora.load_model(args.model)
+    lora.load_adapter(model, args.adapter_file)
+    defaults = lora.build_parser().parse_args([])
+    test_set.truncate(tokenizer, defaults.max_seq_length)
+    batches = defaults.batch_size, defaults.test_batches
+    before = lora.evaluate(model, test_set, lora.loss, tokenizer, *batches)
+    merge_in_memory(model, fused, updates)
+    after = lora.evaluate(model, test_set, lora.loss, tokenizer, *batches)
+    return math.exp(min(before, 700)), math.exp(min(after, 700))
+
+
+def merge_in_memory(model: Model, fused: list[Weight], updates: dict[str, Update]) -> None:
+    """Put the merged weights in the place of the layers with adapters."""
+    arrays = {weight.name: weight for weight in fused}
+    dtype = model.norm.weight.dtype
+    for path in updates:
+        layer = next(m for name, m in model.named_modules() if name == path).linear
+        if f"{path}.scales" not in arrays and isinstance(layer, nn.QuantizedLinear):
+            bias = layer.get("bias")
+            layer = Linear(1, 1, bias is not None)
+            layer.update({} if bias is None else {"bias": bias})
+        for name in ("weight", "scales", "biases"):
+            weight = arrays.get(f"{path}.{name}")
+            if weight is not None:
+                value = mx.array(np.concatenate(list(cast(weight).blocks())))
+                layer[name] = value if value.dtype == mx.uint32 else value.astype(dtype)
+        model.update_modules(tree_unflatten([(path, layer)]))
+
+
+def main() -> None:
+    cli.run(build_parser(), run)
+
+
+if __name__ == "__main__":
+    main()
