@@ -30,16 +30,14 @@ from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import cli, export_gguf, export_hugging_face, model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
-from parts.fusing import Update, Weight, cast, fuse, open_weights, total_bytes, write_npz
+from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes, write_npz
 from parts.staging import check_folder, staged_folder
 from parts.tokenizer_export import begin_and_ends
 
-import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 import lora
-from models import Linear, Model, ModelArgs, quantizable
+from models import Model, ModelArgs, quantizable
 
 DTYPES = {
     "hf": ("float16", "bfloat16"),
@@ -217,27 +215,9 @@ def compare(
     test_set.truncate(tokenizer, defaults.max_seq_length)
     batches = defaults.batch_size, defaults.test_batches
     before = lora.evaluate(model, test_set, lora.loss, tokenizer, *batches)
-    merge_in_memory(model, fused, updates)
+    merge(model, fused, updates)
     after = lora.evaluate(model, test_set, lora.loss, tokenizer, *batches)
     return math.exp(min(before, 700)), math.exp(min(after, 700))
-
-
-def merge_in_memory(model: Model, fused: list[Weight], updates: dict[str, Update]) -> None:
-    """Put the merged weights in the place of the layers with adapters."""
-    arrays = {weight.name: weight for weight in fused}
-    dtype = model.norm.weight.dtype
-    for path in updates:
-        layer = next(m for name, m in model.named_modules() if name == path).linear
-        if f"{path}.scales" not in arrays and isinstance(layer, nn.QuantizedLinear):
-            bias = layer.get("bias")
-            layer = Linear(1, 1, bias is not None)
-            layer.update({} if bias is None else {"bias": bias})
-        for name in ("weight", "scales", "biases"):
-            weight = arrays.get(f"{path}.{name}")
-            if weight is not None:
-                value = mx.array(np.concatenate(list(cast(weight).blocks())))
-                layer[name] = value if value.dtype == mx.uint32 else value.astype(dtype)
-        model.update_modules(tree_unflatten([(path, layer)]))
 
 
 def main() -> None:

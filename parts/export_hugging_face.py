@@ -108,11 +108,11 @@ def write_folder(folder: Path, weights: list[Weight], others: dict[str, bytes]) 
         (folder / "model.safetensors.index.json").write_bytes(to_json(index))
 
 
-def split_shards(weights: list[Weight], limit: int = SHARD_BYTES) -> dict[str, list[Weight]]:
-    """Return the weights of each file, none larger than `limit` bytes if no tensor is."""
+def split_shards(weights: list[Weight]) -> dict[str, list[Weight]]:
+    """Return the weights of each file, none larger than SHARD_BYTES if no tensor is."""
     shards = [[]]
     for weight in weights:
-        if shards[-1] and total_bytes(shards[-1]) + weight.nbytes > limit:
+        if shards[-1] and total_bytes(shards[-1]) + weight.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(weight)
     if len(shards) == 1:

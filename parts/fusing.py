@@ -18,6 +18,8 @@ import numpy as np
 from parts import device  # noqa: F401  before MLX, for its BLAS
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 BLOCK = 2**22  # values that are in memory at a time, if heads of a row are not larger
 QUANTIZED = ("weight", "scales", "biases")  # the arrays of a quantized layer
@@ -251,6 +253,27 @@ def rotated(name: str) -> bool:
 def total_bytes(weights: Iterable[Weight]) -> int:
     """The size of the weights in bytes."""
     return sum(weight.nbytes for weight in weights)
+
+
+def merge(model: nn.Module, fused: Iterable[Weight], updates: Iterable[str]) -> None:
+    """Put the merged weights in the place of the layers with LoRA, in a model that is loaded.
+
+    updates: the paths of these layers.
+    """
+    arrays = {weight.name: weight for weight in fused}
+    modules = dict(model.named_modules())
+    dtype = model.norm.weight.dtype
+    for path in updates:
+        layer, bias = modules[path].linear, modules[path].linear.get("bias")
+        if "scales" in layer and f"{path}.scales" not in arrays:
+            layer = nn.Linear(1, 1, bias is not None)
+            layer.update({} if bias is None else {"bias": bias})
+        for name in QUANTIZED:
+            weight = arrays.get(f"{path}.{name}")
+            if weight is not None:
+                value = mx.array(np.concatenate(list(cast(weight).blocks())))
+                layer[name] = value if value.dtype == mx.uint32 else value.astype(dtype)
+        model.update_modules(tree_unflatten([(path, layer)]))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,26 +1,40 @@
 """fuse.py: what it writes, against transformers, mlx-lm, llama.cpp's own reader, and lora.py."""
 
+import contextlib
 import dataclasses
 import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from argparse import Namespace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+import gguf
 import mlx_lm
-from mlx_lm.generate import generate_step as mlx_generate_step
-
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from conftest import QUICK, call_script, write_quick_tokenizer
+from conftest import QUICK, ROOT, call_script, write_quick_tokenizer
+from mlx_lm.generate import generate_step as mlx_generate_step
 from test_families import FAMILIES, our_args
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-
+import convert
+import fuse
 import lora
 from models import Model, ModelArgs, add_lora
-from parts import adapters
+from parts import adapters, export_hugging_face, fusing
 from parts.byte_level_bpe import LLAMA3_PATTERN, begin_with
 from parts.decoder import generate_step
 
@@ -38,16 +52,16 @@ class Case(NamedTuple):
 
     folder: Path
     adapter: Path
-    ids: list[int]
-    logits: np.ndarray
-    text: list[int]
+    ids: list[int] | None = None
+    logits: np.ndarray | None = None
+    text: list[int] | None = None
 
 
 def write_byte_level_tokenizer(folder: Path, texts: list[str], bos: bool) -> None:
     """Write a tokenizer.json such as Llama 3's or Qwen's, with few tokens."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=bos))
     pattern = LLAMA3_PATTERN if bos else LLAMA3_PATTERN.replace("{1,3}", "")
-    split = pre_tokenizers.Split(pre_tokenizers_regex(pattern), "isolated")
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -62,12 +76,6 @@ def write_byte_level_tokenizer(folder: Path, texts: list[str], bos: bool) -> Non
     content = json.loads(tokenizer.to_str())
     content["post_processor"] = begin_with(0, "<|begin|>") if bos else None
     (folder / "tokenizer.json").write_text(json.dumps(content))
-
-
-def pre_tokenizers_regex(pattern: str):
-    from tokenizers import Regex
-
-    return Regex(pattern)
 
 
 def random_model(args: ModelArgs, seed: int = 0) -> Model:
@@ -210,3 +218,337 @@ def test_a_gguf_file_holds_the_same_weights(case, exported, tmp_path):
     with torch.no_grad():
         logits = model(torch.tensor([case.ids])).logits.numpy()
     np.testing.assert_allclose(logits, case.logits, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# There and back again
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_convert_reads_an_export_back_as_it_was(case, tmp_path):
+    def circle(source: Path, name: str) -> Path:
+        succeed(run(case._replace(folder=source), tmp_path / name, "--no-adapter"))
+        process = call_script(
+            "convert.py", "--torch-path", tmp_path / name, "--mlx-path", tmp_path / f"{name}-mlx"
+        )
+        assert process.returncode == 0, process.stderr
+        return tmp_path / f"{name}-mlx"
+
+    once = circle(case.folder, "once")
+    with np.load(case.folder / "weights.npz") as ours, np.load(once / "weights.npz") as back:
+        assert set(ours.files) == set(back.files)
+        assert all((ours[name] == back[name]).all() for name in ours.files)
+    params = (json.loads((f / "params.json").read_text()) for f in (once, case.folder))
+    ours, back = (ModelArgs(**values) for values in params)
+    assert ours == back
+    for name in ("tokenizer.model", "tokenizer.json", "chat_template.jinja"):
+        assert contents(once).get(name) == contents(case.folder).get(name)
+    assert contents(circle(once, "twice")) == contents(once)
+
+
+# -------------------------------------------------------------------------------------------------
+# Types and sizes
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, docstrings) -> Case:
+    """A model and its adapter, without what they compute."""
+    return Case(*write_case(tmp_path_factory.mktemp("plain") / "m", "TinyLlama", docstrings))
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= safetensors.torch.load_file(path)
+    return tensors
+
+
+def test_bfloat16_is_what_torch_rounds_to(plain, tmp_path):
+    succeed(run(plain, tmp_path / "half"))
+    succeed(run(plain, tmp_path / "brain", "--dtype", "bfloat16"))
+    half, brain = read_safetensors(tmp_path / "half"), read_safetensors(tmp_path / "brain")
+    assert half.keys() == brain.keys()
+    for name, tensor in half.items():
+        assert tensor.dtype == torch.float16
+        assert torch.equal(tensor.to(torch.bfloat16), brain[name])
+
+
+def test_shards_hold_no_more_than_their_limit_and_are_one_model(plain, tmp_path, monkeypatch):
+    succeed(run(plain, tmp_path / "one"))
+    monkeypatch.setattr(export_hugging_face, "SHARD_BYTES", 300_000)
+    succeed(run(plain, tmp_path / "many"))
+    shards = list((tmp_path / "many").glob("model-*-of-*.safetensors"))
+    sizes = [sum(t.nbytes for t in safetensors.torch.load_file(p).values()) for p in shards]
+    assert len(shards) > 3 and max(sizes) <= 300_000
+    one, many = (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict()
+        for name in ("one", "many")
+    )
+    assert all(torch.equal(one[name], many[name]) for name in one)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+def test_q8_0_holds_each_weight_within_half_a_step(plain, tmp_path):
+    for name, flags in (("f16", []), ("q8", ["--dtype", "q8_0"])):
+        succeed(run(plain, tmp_path / f"{name}.gguf", "--format", "gguf", *flags))
+    full, packed = (gguf.GGUFReader(tmp_path / f"{name}.gguf").tensors for name in ("f16", "q8"))
+    for ours, theirs in zip(full, packed, strict=True):
+        assert ours.name == theirs.name
+        expected = gguf.dequantize(ours.data, ours.tensor_type)
+        restored = gguf.dequantize(theirs.data, theirs.tensor_type)
+        if expected.ndim == 2:
+            assert theirs.tensor_type == gguf.GGMLQuantizationType.Q8_0
+        step = np.abs(expected).max() / 127
+        np.testing.assert_allclose(restored, expected, atol=0.6 * step)  # of integers and scale
+
+
+def test_memory_does_not_grow_with_the_model(plain, tmp_path, monkeypatch):
+    """With blocks of 4,096 values, the merging of 64,000 and more holds a few of them."""
+    monkeypatch.setattr(fusing, "BLOCK", 2**12)
+    model, weights = fuse.open_model(plain.folder)
+    updates = fuse.read_updates(model, plain.adapter)
+    fused = fusing.fuse(weights, updates, None)
+    largest = 0
+    for weight in export_hugging_face.to_hugging_face(map(fusing.cast, fused), 16):
+        tracemalloc.start()
+        for block in weight.blocks():
+            largest = max(largest, block.size)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 * 4 * 2**12, weight.name
+    assert largest == 2**12
+
+
+# -------------------------------------------------------------------------------------------------
+# Quantized models
+
+
+@pytest.fixture(scope="module", params=[4, 8])
+def quantized(request, plain, tmp_path_factory) -> Case:
+    """The plain model in few bits, with the same adapter."""
+    folder = shutil.copytree(plain.folder, tmp_path_factory.mktemp("few") / "bits")
+    params = json.loads((folder / "params.json").read_text())
+    args = Namespace(q_group_size=32, q_bits=request.param)
+    with np.load(plain.folder / "weights.npz") as weights:
+        arrays, params = convert.quantize(dict(weights), params, args)
+    np.savez(folder / "weights.npz", **arrays)
+    (folder / "params.json").write_text(json.dumps(params))
+    model, tokenizer = load(folder, plain.adapter)
+    ids = tokenizer.encode(PROMPT)
+    return Case(folder, plain.adapter, ids, np.array(model(mx.array([ids]))[0]))
+
+
+def test_a_quantized_model_is_dequantized(quantized, tmp_path):
+    succeed(run(quantized, tmp_path / "hf"))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(torch.tensor([quantized.ids])).logits.numpy()
+    np.testing.assert_allclose(logits, quantized.logits, atol=1e-2)  # of float16's rounding
+
+
+def test_kept_bits_change_in_the_adapted_layers_alone(quantized, tmp_path):
+    succeed(run(quantized, tmp_path / "bits", "--format", "mlx", "--keep-quantized"))
+    succeed(run(quantized, tmp_path / "floats", "--format", "mlx"))
+    settings = json.loads((tmp_path / "bits" / "params.json").read_text())["quantization"]
+    before, after, floats = (
+        np.load(folder / "weights.npz")
+        for folder in (quantized.folder, tmp_path / "bits", tmp_path / "floats")
+    )
+    assert before.files == after.files
+    for name in before.files:
+        if not name.startswith(("layers.1.", "layers.2.")) or "norm" in name:
+            np.testing.assert_array_equal(after[name], before[name])
+        elif name.endswith(".weight"):
+            expected = mx.quantize(mx.array(floats[name]), **settings)
+            for kind, value in zip(("weight", "scales", "biases"), expected, strict=True):
+                np.testing.assert_array_equal(after[name.replace("weight", kind)], value)
+
+
+def test_mlx_lm_reads_kept_bits(quantized, tmp_path):
+    succeed(run(quantized, tmp_path / "mlx", "--format", "mlx", "--keep-quantized"))
+    succeed(run(quantized, tmp_path / "hf", "--keep-quantized"))
+    ours, _ = load(tmp_path / "mlx")
+    theirs, _ = mlx_lm.load(str(tmp_path / "hf"))
+    theirs.set_dtype(mx.float32)
+    ids = mx.array([quantized.ids])
+    np.testing.assert_allclose(theirs(ids), ours(ids)[0], atol=1e-3)
+
+
+def test_data_tell_what_kept_bits_cost(quantized, data, tmp_path):
+    process = run(quantized, tmp_path / "m", "--format", "mlx", "--keep-quantized", "--data", data)
+    assert process.returncode == 0, process.stderr
+    before, after = map(float, re.findall(r"([\d.]+) (?:with the adapter|merged)", process.stdout))
+    test = lora.Dataset(data / "test.jsonl")
+    for expected, (folder, adapter) in {
+        before: (quantized.folder, quantized.adapter),
+        after: (tmp_path / "m", None),
+    }.items():
+        model, tokenizer = lora.load_model(folder)
+        if adapter:
+            lora.load_adapter(model, adapter)
+        loss = lora.evaluate(model, test, lora.loss, tokenizer, 4, -1)
+        assert np.exp(loss) == pytest.approx(expected, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------
+# Mistakes, and what is there already
+
+
+def error_of(process, status: int = 2) -> str:
+    assert process.returncode == status, process.stdout + process.stderr
+    (line,) = process.stderr.splitlines()
+    assert line.startswith("fuse.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--model", "nowhere"], "nowhere/params.json is missing"),
+        (["--adapter-file", "none.npz"], "there is no adapter file none.npz"),
+        (["--dtype", "q8_0"], "--format hf takes --dtype float16 or bfloat16"),
+        (["--format", "mlx", "--dtype", "bfloat16"], "--format mlx takes --dtype float16"),
+        (["--keep-quantized"], "is not quantized"),
+        (["--keep-quantized", "--format", "gguf"], "goes with --format hf or mlx"),
+        (["--no-adapter", "--data", "."], "leave out --no-adapter"),
+        (["--data", "nowhere"], "nowhere/test.jsonl is missing"),
+    ],
+)
+def test_a_mistake_is_one_line_and_nothing_is_written(plain, tmp_path, flags, says):
+    assert says in error_of(run(plain, tmp_path / "out", *flags))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_does_not_fit_is_named(plain, tmp_path):
+    folder = shutil.copytree(plain.folder, tmp_path / "m")
+    damaged = bytearray((folder / "weights.npz").read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    (folder / "weights.npz").write_bytes(damaged)
+    assert "is damaged" in error_of(run(plain._replace(folder=folder), tmp_path / "out"))
+    with np.load(plain.folder / "weights.npz") as weights:
+        arrays = {name: weights[name] for name in weights.files[1:]}
+        lost = weights.files[0]
+    np.savez(folder / "weights.npz", **arrays)
+    assert f"{lost} does not go with params.json" in error_of(
+        run(plain._replace(folder=folder), tmp_path / "out")
+    )
+    matrices = adapters.read_adapter(plain.adapter)
+    far = {name.replace("layers.2", "layers.7"): m * 1e5 for name, m in matrices.items()}
+    np.savez(tmp_path / "far.npz", **far)
+    says = error_of(run(plain._replace(adapter=tmp_path / "far.npz"), tmp_path / "out"))
+    assert "adapts layer 7 of a model that has 3 layers" in says
+    np.savez(tmp_path / "large.npz", **{name: m * 1e5 for name, m in matrices.items()})
+    says = error_of(run(plain._replace(adapter=tmp_path / "large.npz"), tmp_path / "out"))
+    assert "holds values that are not finite in float16" in says and "bfloat16" in says
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*unfinished"))
+
+
+def test_what_fuse_did_not_make_is_left_alone(plain, tmp_path):
+    assert "the model's own folder" in error_of(run(plain, plain.folder, "--format", "mlx"))
+    theirs = {
+        "hf": {"config.json": b"{}", "model.safetensors": b"weights"},
+        "words": {"tokenizer.json": b"somebody's"},
+        "mlx": {"weights.npz": b"arrays", "params.json": b"{}"},
+        "meta": {"consolidated.00.pth": b"weights"},
+    }
+    for name, files in theirs.items():
+        (tmp_path / name).mkdir()
+        for file, content in files.items():
+            (tmp_path / name / file).write_bytes(content)
+        for kind in ("hf", "mlx"):
+            assert "name another" in error_of(run(plain, tmp_path / name, "--format", kind))
+        assert contents(tmp_path / name) == files
+    (tmp_path / "their.gguf").write_bytes(b"GGUF of another")
+    for name, says in (("their.gguf", "did not make"), ("hf", "is a folder: name a file")):
+        assert says in error_of(run(plain, tmp_path / name, "--format", "gguf"))
+    assert "is a file, not a folder" in error_of(run(plain, tmp_path / "their.gguf"))
+    assert (tmp_path / "their.gguf").read_bytes() == b"GGUF of another"
+
+
+def test_an_export_takes_the_place_of_an_older_one(plain, tmp_path, monkeypatch):
+    """Of more files, too; what else lies there stays. The same export gives the same bytes."""
+    succeed(run(plain, tmp_path / "new"))
+    monkeypatch.setattr(export_hugging_face, "SHARD_BYTES", 300_000)
+    succeed(run(plain, tmp_path / "hf", "--no-adapter"))
+    monkeypatch.undo()
+    (tmp_path / "hf" / "notes.txt").write_text("mine")
+    succeed(run(plain, tmp_path / "hf"))
+    assert contents(tmp_path / "hf") == {**contents(tmp_path / "new"), "notes.txt": b"mine"}
+    for _ in range(2):
+        succeed(run(plain, tmp_path / "m.gguf", "--format", "gguf"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.gguf", "new"]
+
+
+# For each line that it reads, exports in a process of its own, with all loaded once.
+FUSE_IN_FORKS = """
+import os, sys, fuse
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr
+        fuse.main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def test_kills_leave_a_whole_folder_or_none(plain, tmp_path):
+    """Six kills at random moments, and then an export that is not killed."""
+    target = tmp_path / "hf"
+    flags = ["--model", plain.folder, "--adapter-file", plain.adapter, "--save-path", target]
+    with subprocess.Popen(
+        [sys.executable, "-c", FUSE_IN_FORKS, *map(str, flags)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as forks:
+
+        def export_once(kill_after: float = 60) -> float:
+            """The seconds of an export, which is killed after so many."""
+            forks.stdin.write(b"\n")
+            child, start = int(forks.stdout.readline()), time.monotonic()
+            if not select.select([forks.stdout], [], [], kill_after)[0]:
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child, signal.SIGKILL)
+            assert int(forks.stdout.readline()) in (0, signal.SIGKILL)
+            return time.monotonic() - start
+
+        seconds = export_once()
+        whole = contents(target)
+        for moment in np.random.default_rng(0).uniform(0, 1.1, 6) * seconds:
+            shutil.rmtree(target, ignore_errors=True)
+            export_once(moment)
+            assert not target.exists() or contents(target) == whole
+        export_once()
+        forks.stdin.close()
+    assert contents(target) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_full_disk_is_status_1_and_leaves_nothing(plain, tmp_path, monkeypatch):
+    """Too little space is seen before anything is written; else the file that fails is removed."""
+    usage = shutil.disk_usage(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100_000))
+        for name, kind in (("hf", "hf"), ("mlx", "mlx"), ("m.gguf", "gguf")):
+            says = error_of(run(plain, tmp_path / name, "--format", kind), status=1)
+            assert "are free on the disk" in says
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for name, kind in (("hf", "hf"), ("mlx", "mlx"), ("m.gguf", "gguf")):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
+            process = run(plain, tmp_path / name, "--format", kind)
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert "File too large" in error_of(process, status=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
