@@ -85,9 +85,9 @@ def test_among_data_and_adapters(tiny_model, data, tmp_path):
         ("consolidated.safetensors", {"params.json": "{}"}),
         ("params.json", {"consolidated.safetensors": LFS}),
         ("config.json", {"model.safetensors": LFS}),
-        ("model.safetensors", {"config.json": "{}"}),
+        ("model.safetensors", {"config.json": '{"model_type": "llama"}'}),
         ("model.safetensors.index.json", {}),
-        ("pytorch_model.bin", {"config.json": "{}"}),
+        ("pytorch_model.bin", {"config.json": '{"model_type": "llama"}'}),
     ],
 )
 def test_in_a_checkpoints_folder(tmp_path, name, others):
