@@ -14,6 +14,7 @@ import torch
 import transformers
 from conftest import MISTRAL_TOKENIZER, call_script, write_quick_tokenizer
 from tokenizers import Tokenizer
+from tokenizers.decoders import WordPiece
 from tokenizers.models import WordLevel
 
 import lora
@@ -627,6 +628,7 @@ def write_json_tokenizer(folder: Path) -> None:
     words = {"<s>": 1, "</s>": 2, "<unk>": 0, **{f"word{i}": i for i in range(3, 1000)}}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.decoder = WordPiece()
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text("{{ messages }}")
 
