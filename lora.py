@@ -76,7 +76,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="mlx_model", help="folder made by convert.py")
-    add("--adapter-file", default="adapters.npz", help="adapters to write, or to use")
+    add(
+        "--adapter-file",
+        default="adapters.npz",
+        help="adapters to write, or to use; training also writes adapters.best.npz, those of the "
+        "lowest validation loss",
+    )
     add("--no-adapter", action="store_true", help="test or generate with the base model")
     add(
         "--dtype",
@@ -100,7 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_lora_flags(add)
     add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
     duration = training.add_mutually_exclusive_group().add_argument
-    duration("--iters", type=COUNT, default=1000, help="steps to train in all")
+    duration("--iters", type=COUNT, default=1000, help="updates to train in all")
     duration("--epochs", type=EPOCHS, help="passes over the data, in place of --iters")
     add("--learning-rate", type=RATE, default=1e-5, help="Adam's learning rate")
     add_update_flags(add)

@@ -73,7 +73,7 @@ def add_update_flags(add: Callable) -> None:
         help="how the learning rate falls after the warmup, down to 0 at the end",
     )
     add("--max-grad-norm", type=RATE, help="clip gradients to this global norm")
-    add("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="of AdamW, which replaces Adam")
+    add("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="above 0: AdamW instead of Adam")
     add("--patience", type=COUNT, help="validations without a better one that end the training")
 
 
