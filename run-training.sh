@@ -12,14 +12,16 @@ PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn
 DATA=${DATA:-$here/${PACKAGES// /-}-doc-data}  # train, valid and test.jsonl, made if not there
 ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
 
-# For a small model and a few minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4.
+# For a small model and a few minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4,
+# or 3e-4 with all projections. Figures: tests/benchmarks/README.md, "Settings".
 LORA_LAYERS=${LORA_LAYERS:-30}              # all: a small model has little to spare in any
+LORA_PROJECTIONS=${LORA_PROJECTIONS:-w1 w2 w3}  # the feed-forward ones learn most for their time
 BATCH_SIZE=${BATCH_SIZE:-2}                 # one text a core; more steps teach more than larger ones
-ITERS=${ITERS:-258}                         # each text once
+ITERS=${ITERS:-250}                         # each text once
 MAX_SEQ_LENGTH=${MAX_SEQ_LENGTH:-112}       # tokens: what a text begins with is worth the time most
-LEARNING_RATE=${LEARNING_RATE:-1e-3}        # a small model bears, and needs, a hundred times 1e-5
+LEARNING_RATE=${LEARNING_RATE:-5e-4}        # a small model bears fifty times lora.py's 1e-5
 VAL_BATCHES=${VAL_BATCHES:-5}               # a look on the way; the test is on all of its set
-EVAL_EVERY=${EVAL_EVERY:-86}                # steps between two looks
+EVAL_EVERY=${EVAL_EVERY:-84}                # steps between two looks
 
 if [ "$TORCH_PATH" -ef "$here/base-model" ]; then
     "$PYTHON" "$here/base-model/make.py"
@@ -39,9 +41,11 @@ echo "== The base model"
 lora --test --test-batches -1 --no-adapter
 
 echo "== Training"
-lora --train --adapter-file "$ADAPTER" --lora-layers "$LORA_LAYERS" --batch-size "$BATCH_SIZE" \
-    --iters "$ITERS" --max-seq-length "$MAX_SEQ_LENGTH" --learning-rate "$LEARNING_RATE" \
-    --val-batches "$VAL_BATCHES" --steps-per-eval "$EVAL_EVERY"
+# shellcheck disable=SC2086  # names of projections are words
+lora --train --adapter-file "$ADAPTER" --lora-layers "$LORA_LAYERS" \
+    --lora-projections $LORA_PROJECTIONS --batch-size "$BATCH_SIZE" --iters "$ITERS" \
+    --max-seq-length "$MAX_SEQ_LENGTH" --learning-rate "$LEARNING_RATE" --val-batches "$VAL_BATCHES" \
+    --steps-per-eval "$EVAL_EVERY"
 
 echo "== The adapted model"
 lora --test --test-batches -1 --adapter-file "$ADAPTER"
