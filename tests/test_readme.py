@@ -10,7 +10,7 @@ from conftest import ROOT
 
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = ["README.md", "base-model/README.md", "tests/benchmarks/README.md"]
-SCRIPTS = ["convert.py", "lora.py", "cwk_create_dataset.py"]
+SCRIPTS = ["convert.py", "lora.py", "fuse.py", "cwk_create_dataset.py"]
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
 FOREIGN_FLAGS = {"--help", "-p", "-n", "--over", "-m"}  # of Python, MLX's launchers and pytest
 MLX_MESSAGES = ("[METAL]", "cudaMallocAsync", "Impacting")
@@ -34,8 +34,9 @@ def literals(file: Path) -> list[str]:
 
 
 def flags(script: str) -> set[str]:
-    """The flags that a script defines."""
-    return {text for text in literals(ROOT / script) if re.fullmatch(FLAG, text)}
+    """The flags that a script defines, those of lora.py in parts/flags.py too."""
+    files = [ROOT / script, *([ROOT / "parts" / "flags.py"] if script == "lora.py" else [])]
+    return {text for file in files for text in literals(file) if re.fullmatch(FLAG, text)}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -69,10 +70,10 @@ def test_the_readme_names_no_flag_that_the_scripts_lack():
     assert named - FOREIGN_FLAGS - set().union(*map(flags, SCRIPTS)) == set()
 
 
-def test_every_file_of_the_suite_has_its_place_in_the_readme():
+def test_every_script_has_its_place_in_the_readme():
     tree = re.search(r"## The files\n\n```\n(.*?)```", README, re.DOTALL)[1]
-    files = {path.name for folder in (ROOT, ROOT / "parts") for path in folder.glob("*.py")}
-    assert {name for name in files if not re.search(rf"(?<!\w){name}", tree)} == {"__init__.py"}
+    for script in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
+        assert re.search(rf"(?<!\w){script.name}", tree), script.name
 
 
 def test_the_messages_of_the_troubleshooting_are_those_of_the_suite():
