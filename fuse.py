@@ -24,6 +24,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_path is None:
         args.save_path = "fused.gguf" if args.format == "gguf" else "fused"
     check_arguments(args)
+    torch.set_num_threads(1)  # its idle threads would take the time of the one that reads
     model, weights = open_model(Path(args.model))
     params = json.loads((Path(args.model) / "params.json").read_text(encoding="utf-8"))
     quantization = params.get("quantization")

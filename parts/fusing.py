@@ -7,21 +7,27 @@ or quantized again if asked: what was learnt is small, and rounding to few bits 
 No array is ever whole in memory: the largest, an embedding, may be larger than all else together.
 """
 
+import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.lazy_tensors import prefetch
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
-BLOCK = 2**22  # values that are in memory at a time, if heads of a row are not larger
+BLOCK = 2**20  # values that are in memory at a time, if heads of a row are not larger
+LOCAL_HEADER = struct.Struct("<26x2H")  # before a zip's member: the sizes of its name and extras
 QUANTIZED = ("weight", "scales", "biases")  # the arrays of a quantized layer
 
 
@@ -29,7 +35,7 @@ class Weight(NamedTuple):
     """An array to write: its name, shape and type, and a function that yields its rows in blocks,
     from the first to the last. The rows of a head are never apart.
 
-    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as uint16.
+    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as int16.
     """
 
     name: str
@@ -63,17 +69,15 @@ def open_weights(path: Path, head_dim: int) -> dict[str, Weight]:
     """
     weights = {}
     try:
-        archive = zipfile.ZipFile(path)
-        for member in archive.infolist():
-            with archive.open(member) as file:
-                shape, dtype = read_header(file)
-            name = member.filename.removesuffix(".npy")
-
-            def blocks(name: str = name) -> Iterator[np.ndarray]:
-                return read_blocks(archive, f"{name}.npy", head_dim)
-
-            weights[name] = Weight(name, shape, dtype.name, blocks)
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                with archive.open(member) as file:
+                    shape, dtype = read_header(file)
+                    start = file.tell()
+                name = member.filename.removesuffix(".npy")
+                read = partial(read_blocks, path, member, start, shape, dtype, head_dim)
+                weights[name] = Weight(name, shape, dtype.name, read)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
         raise ValueError(f"{path} is damaged ({error}): run convert.py") from error
     return weights
 
@@ -87,25 +91,40 @@ def read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype]:
     return shape, dtype
 
 
-def read_blocks(archive: zipfile.ZipFile, member: str, head_dim: int) -> Iterator[np.ndarray]:
-    """Yield the rows of a member in blocks, of whole heads. The last one's checksum is checked.
+def read_blocks(
+    path: Path,
+    member: zipfile.ZipInfo,
+    start: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    head_dim: int,
+) -> Iterator[np.ndarray]:
+    """Yield the rows of a member in blocks, of whole heads; the next is read while one is in use.
+    Its place in the archive is read directly, which saves the copies that `zipfile` makes.
 
-    Raises ValueError where the file is damaged.
+    start: of the array in the member. Raises ValueError where the checksum tells of damage.
     """
-    try:
-        with archive.open(member) as file:
-            shape, dtype = read_header(file)
-            row = int(np.prod(shape[1:]))
-            n_rows = shape[0] if len(shape) < 2 else max(1, BLOCK // row // head_dim) * head_dim
-            for start in range(0, shape[0], n_rows):
-                n = min(n_rows, shape[0] - start)
-                content = bytearray(n * row * dtype.itemsize)
-                if file.readinto(content) != len(content):
-                    raise ValueError("it ends too soon")
-                yield np.frombuffer(content, dtype).reshape(n, *shape[1:])
-            file.read(1)  # the end, where the checksum is compared
-    except (zipfile.BadZipFile, ValueError, EOFError) as error:
-        raise ValueError(f"{member} in {archive.filename} is damaged ({error})") from error
+    row = int(np.prod(shape[1:]))
+    n_rows = shape[0] if len(shape) < 2 else max(1, BLOCK // row // head_dim) * head_dim
+
+    def read() -> Iterator[np.ndarray]:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(member.header_offset)
+            head = file.read(LOCAL_HEADER.size)
+            file.seek(sum(LOCAL_HEADER.unpack(head)[-2:]), os.SEEK_CUR)
+            checksum = zlib.crc32(file.read(start))
+            for first in range(0, shape[0], n_rows):
+                block = np.empty((min(n_rows, shape[0] - first), *shape[1:]), dtype)
+                n_read = file.readinto(memoryview(block).cast("B"))
+                checksum = zlib.crc32(block, checksum)
+                if n_read != block.nbytes:
+                    break
+                yield block
+            if checksum != member.CRC:
+                name = member.filename.removesuffix(".npy")
+                raise ValueError(f"{name} in {path} is damaged: run convert.py")
+
+    return prefetch(read())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -143,11 +162,14 @@ def fuse(
 def add_update(weight: Weight, update: Update) -> Weight:
     """Return the weight (out, in) with an update merged in, float32."""
 
+    a, b = (torch.from_numpy(np.array(matrix)) for matrix in (update.a, update.b))
+
     def blocks() -> Iterator[np.ndarray]:
         start = 0
         for block in weight.blocks():
-            columns = update.b[:, start : start + len(block)] * np.float32(update.scale)
-            yield block.astype(np.float32) + columns.T @ update.a.T
+            columns = b[:, start : start + len(block)]
+            values = torch.from_numpy(block).float()
+            yield values.addmm_(columns.T, a.T, alpha=update.scale).numpy()
             start += len(block)
 
     return weight._replace(dtype="float32", blocks=blocks)
@@ -214,20 +236,17 @@ def cast(weight: Weight, dtype: str = "float16") -> Weight:
     if weight.dtype in (dtype, "uint32"):
         return weight
 
+    kind = getattr(torch, dtype)
+
     def blocks() -> Iterator[np.ndarray]:
         for block in weight.blocks():
-            if dtype == "bfloat16":
-                rounded = mx.array(block).astype(mx.bfloat16)
-                yield np.array(rounded.view(mx.uint16))
-                continue
-            with np.errstate(over="ignore"):
-                block = block.astype(dtype)
-            if not np.isfinite(block).all():
+            rounded = torch.from_numpy(block).to(kind)
+            if not all(map(torch.isfinite, torch.aminmax(rounded))):
                 raise ValueError(
                     f"{weight.name} holds values that are not finite in {dtype}: train with a "
                     "smaller --learning-rate, or give --dtype bfloat16"
                 )
-            yield block
+            yield (rounded.view(torch.int16) if dtype == "bfloat16" else rounded).numpy()
 
     return weight._replace(dtype=dtype, blocks=blocks)
 
