@@ -147,6 +147,9 @@ def export(weights: list[Weight], params: dict, model: Model, args: argparse.Nam
     source, target = Path(args.model), Path(args.save_path).resolve()
     dtype = args.dtype or "float16"
     values = {**vars(model.args), "quantization": params.get("quantization")}
+    window = model.args.sliding_window
+    if args.format == "gguf" and window:
+        cli.warn(f"llama.cpp lets a position see all before it, not the last {window} alone")
     if args.format == "gguf":
         ids = begin_and_ends(source, values)
         context = values["max_position_embeddings"] or export_hugging_face.CONTEXT
