@@ -32,10 +32,9 @@ from parts.decoder import generate_step  # noqa: E402
 import mlx.core as mx  # noqa: E402
 
 N_TOKENS = 60
-BUILD_FLAGS = " ".join(
-    f"-D{name}=OFF"
-    for name in ("MTMD_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_TESTS", "LLAMA_BUILD_SERVER")
-)
+# Without the instructions of this very processor: a virtual machine may name some that it lacks.
+NOT_BUILT = ("GGML_NATIVE", "MTMD_BUILD", "LLAMA_BUILD_TOOLS", "LLAMA_BUILD_TESTS")
+BUILD_FLAGS = " ".join(f"-D{name}=OFF" for name in (*NOT_BUILT, "LLAMA_BUILD_SERVER"))
 # For each line of [ids, whether to go on from them]: the file of their logits, or a greedy text.
 ASK_LLAMA_CPP = """
 import json, sys
