@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from parts.fusing import Weight, half_split, rotated, total_bytes
-from parts.hugging_face import CONFIG_TO_HUGGING_FACE, TO_HUGGING_FACE, rename
+from parts.hugging_face import CONFIG_TO_HUGGING_FACE, rename
+from parts.module_names import TO_HUGGING_FACE
 from parts.staging import matching
 from parts.source_tokenizers import to_json
 from parts.tokenizer_export import begin_and_ends, tokenizer_files

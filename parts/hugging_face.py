@@ -1,7 +1,6 @@
 """Hugging Face's names of modules and config, and its order of rows, turned into Meta's.
 
-One map of names; the other way is computed from it. What config.json leaves out is as in
-transformers' classes.
+What config.json leaves out is as in transformers' classes.
 """
 
 import re
@@ -9,27 +8,9 @@ import re
 import torch
 
 from parts.lazy_tensors import LazyTensor, Shards
+from parts.module_names import TO_META
 from parts.unsupported import check_config, check_tensor_names, refusal
 
-# Meta's names of the modules and Hugging Face's, and the other way round.
-TO_HUGGING_FACE = {
-    "tok_embeddings": "model.embed_tokens",
-    "layers": "model.layers",
-    "attention.wq": "self_attn.q_proj",
-    "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj",
-    "attention.wo": "self_attn.o_proj",
-    "attention.q_norm": "self_attn.q_norm",
-    "attention.k_norm": "self_attn.k_norm",
-    "feed_forward.w1": "mlp.gate_proj",
-    "feed_forward.w2": "mlp.down_proj",
-    "feed_forward.w3": "mlp.up_proj",
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "norm": "model.norm",
-    "output": "lm_head",
-}
-TO_META = {theirs: ours for ours, theirs in TO_HUGGING_FACE.items()}
 CONFIG_TO_HUGGING_FACE = {  # what `ModelArgs` calls the values of config.json
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",

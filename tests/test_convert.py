@@ -25,8 +25,9 @@ import convert
 import lora
 from models import Model, ModelArgs
 from parts import model_folder
-from parts.hugging_face import TO_HUGGING_FACE, TO_META, from_hugging_face, rename
+from parts.hugging_face import from_hugging_face, rename
 from parts.legacy_torch import open_legacy
+from parts.module_names import TO_HUGGING_FACE, TO_META
 
 import mlx.core as mx
 import mlx.nn as nn
