@@ -4,12 +4,15 @@ python fuse.py --model mlx_model --adapter-file adapters.npz --save-path fused
 python fuse.py --model mlx_model --no-adapter --save-path base --dtype bfloat16
 python fuse.py --model mlx_model --format mlx --save-path fused-mlx
 python fuse.py --model mlx_model --format gguf --dtype q8_0 --save-path fused.gguf
+python fuse.py --model mlx_model --format peft --save-path adapter
 
-In: a folder that convert.py made, and the adapters that lora.py --train made for it.
+In: a folder that convert.py made, and the adapters for it: the file of lora.py --train, or a folder
+of PEFT's or mlx-lm's.
 Out, by --format:
 hf    a folder for transformers, mlx-lm, vLLM and llama.cpp's converter;
 mlx   a folder for lora.py --model;
-gguf  one file for llama.cpp, Ollama and LM Studio.
+gguf  one file for llama.cpp, Ollama and LM Studio;
+peft, mlx-lm  the adapter alone, a folder for these libraries.
 A quantized model is dequantized, unless --keep-quantized asks for its bits again: these lose part
 of what was learnt, and with --data the script says how much.
 """
@@ -28,7 +31,7 @@ import torch
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts import cli, export_gguf, export_hugging_face, model_folder
+from parts import adapter_export, adapters, cli, export_gguf, export_hugging_face, model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
 from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes, write_npz
@@ -45,6 +48,7 @@ DTYPES = {
     "mlx": ("float16",),
     "gguf": ("float16", "bfloat16", "q8_0"),
 }
+DEFAULT_PATHS = {"gguf": "fused.gguf", "peft": "adapter", "mlx-lm": "adapter"}
 
 # -------------------------------------------------------------------------------------------------
 # Arguments
@@ -59,9 +63,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-adapter", action="store_true", help="write the model without adapters")
     add(
         "--save-path",
-        help="folder, or file of --format gguf, to write (default: fused, or fused.gguf)",
+        help="folder, or file of --format gguf, to write (default: fused, fused.gguf, or adapter)",
     )
-    add("--format", choices=tuple(DTYPES), default="hf", help="for which tools")
+    formats = (*DTYPES, *adapter_export.FORMATS)
+    add("--format", choices=formats, default="hf", help="for which tools")
     add(
         "--dtype",
         choices=("float16", "bfloat16", "q8_0"),
@@ -78,7 +83,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Find what cannot work before anything is read. Raises ValueError or FileNotFoundError."""
-    dtypes = DTYPES[args.format]
+    dtypes, adapter_alone = DTYPES.get(args.format, ()), args.format in adapter_export.FORMATS
+    if adapter_alone and (args.no_adapter or args.keep_quantized or args.data or args.dtype):
+        raise ValueError(
+            f"--format {args.format} writes the adapter alone, in float32: leave out --no-adapter, "
+            "--keep-quantized, --data and --dtype"
+        )
     if args.dtype is not None and args.dtype not in dtypes:
         raise ValueError(f"--format {args.format} takes --dtype {' or '.join(dtypes)}")
     if args.keep_quantized and (args.format == "gguf" or args.dtype is not None):
@@ -90,6 +100,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"there is no adapter file {args.adapter_file}{did_you_mean(args.adapter_file)}: make "
             "one with lora.py --train, or give --no-adapter for the model alone"
         )
+    if not args.no_adapter and Path(args.adapter_file).is_file():
+        adapters.check_adapter(args.adapter_file)
     target = Path(args.save_path)
     if target.exists() and Path(args.model).exists() and target.samefile(args.model):
         raise ValueError(f"--save-path is the model's own folder, {args.model}: name another")
@@ -100,6 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_folder(target.resolve(), "--save-path")
     if args.format == "hf":
         export_hugging_face.check_replaceable(target.resolve())
+    elif adapter_alone:
+        adapter_export.check_replaceable(target.resolve(), args.format)
     else:
         model_folder.check_replaceable(target.resolve(), "--save-path")
 
@@ -176,6 +190,15 @@ def export(weights: list[Weight], params: dict, model: Model, args: argparse.Nam
             (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
 
+def export_adapter(model: Model, args: argparse.Namespace) -> None:
+    """Write the adapter alone, in the format that `args` asks for. Raises ValueError or OSError."""
+    lora.load_adapter(model, args.adapter_file)
+    matrices = adapters.to_numpy(model.trainable_parameters())
+    form, write = adapter_export.FORMATS[args.format]
+    with staged_folder(Path(args.save_path).resolve(), form.files) as folder:
+        write(folder, matrices, adapters.scale_of(model), vars(model.args))
+
+
 def show_progress(sizes: Iterable[int], weights: list[Weight]) -> None:
     """Write what `sizes` yields the bytes of, and show how many are done."""
     total = total_bytes(weights)
@@ -187,10 +210,14 @@ def show_progress(sizes: Iterable[int], weights: list[Weight]) -> None:
 def run(args: argparse.Namespace) -> None:
     """Merge and write, and say what was written, and what it costs where there are data."""
     if args.save_path is None:
-        args.save_path = "fused.gguf" if args.format == "gguf" else "fused"
+        args.save_path = DEFAULT_PATHS.get(args.format, "fused")
     check_arguments(args)
     torch.set_num_threads(1)  # its idle threads would take the time of the one that reads
     model, weights = open_model(Path(args.model))
+    if args.format in adapter_export.FORMATS:
+        export_adapter(model, args)
+        print(f"Wrote {args.save_path}: {adapters.describe_lora(model)}", flush=True)
+        return
     params = json.loads((Path(args.model) / "params.json").read_text(encoding="utf-8"))
     quantization = params.get("quantization")
     if args.keep_quantized and quantization is None:

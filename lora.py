@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from parts import adapters, cli, device, dropout, model_folder, run_log  # before MLX
+from parts.adapter_formats import read_matrices
 from parts.adapters import from_vector, to_vector
 from parts.batches import bucket_lengths, pad_batch
 from parts.cli import USER_ERRORS, did_you_mean, warn
@@ -490,13 +491,11 @@ def load_model(
 def load_adapter(
     model: Model, path: str | Path, ranks: Ranks = SINGLE, dropout: float = 0.0
 ) -> None:
-    """Wrap the layers that rank 0's adapter file names, and put its matrices into them.
+    """Wrap the layers that rank 0's adapter file or folder names, and put its matrices into them.
 
     Raises OSError, or ValueError, which names the file and the key, when it does not fit the model.
     """
-    content = ranks.read(path) or b""
-    matrices = adapters.parse_adapter(content, path)
-    scale = adapters.parse_scale(content, path)
+    matrices, scale = read_matrices(path, model.args.head_dim, ranks.read)
     for what in adapters.adapted_layers(matrices, len(model.layers), path):
         add_lora(model, *what, scale, dropout)
     adapters.put_matrices(model, matrices, path)

@@ -46,6 +46,8 @@ steps             when the pieces of a training step run: batches summed, ranks,
 schedules         how many updates, the learning rate of each, the optimizer
 best              the best validation of a run, and how long ago that was
 adapters          the adapter file: read, check, write
+adapter_formats   the adapters of PEFT and mlx-lm: read their folders
+adapter_export    write such a folder
 dropout           masks of LoRA's inputs, the same at each run
 save_and_resume   crash-safe save and resume
 fingerprint       what decides a run's result, which resuming checks

@@ -54,17 +54,25 @@ def parse_adapter(content: bytes, path: str | Path) -> dict[str, np.ndarray]:
     for name, matrix in matrices.items():
         if not KEY.fullmatch(name):
             raise ValueError(f"{path} holds {name}, which is no LoRA matrix")
-        if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
-            raise ValueError(f"{name} in {path} is not a matrix of floats")
-        with np.errstate(over="ignore"):
-            matrices[name] = matrix.astype(np.float32)
-        if not matrix.size:
-            raise ValueError(f"{name} in {path} is empty: train again")
-        if not np.isfinite(matrices[name]).all():
-            raise ValueError(f"{name} in {path} is not finite: train again")
+        matrices[name] = check_matrix(name, matrix, path)
     if not matrices:
         raise ValueError(f"{path} holds no LoRA matrices: make them with --train")
     return matrices
+
+
+def check_matrix(name: str, matrix: np.ndarray, path: str | Path) -> np.ndarray:
+    """Return a matrix as float32. Raises ValueError, which names it, where it is none, or empty, or
+    not finite.
+    """
+    if matrix.ndim != 2 or not np.issubdtype(matrix.dtype, np.floating):
+        raise ValueError(f"{name} in {path} is not a matrix of floats")
+    with np.errstate(over="ignore"):
+        matrix = matrix.astype(np.float32)
+    if not matrix.size:
+        raise ValueError(f"{name} in {path} is empty: train again")
+    if not np.isfinite(matrix).all():
+        raise ValueError(f"{name} in {path} is not finite: train again")
+    return matrix
 
 
 def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
@@ -154,8 +162,8 @@ def check_adapter(adapter: str | Path) -> None:
             check_content(path)
     if is_safetensors(adapter):
         raise ValueError(
-            f"{adapter} is a safetensors file, as PEFT's and mlx-lm's adapters are, which are not "
-            "supported: name the .npz file that lora.py --train wrote"
+            f"{adapter} is a safetensors file, as PEFT's and mlx-lm's adapters are: name the "
+            "folder with it and adapter_config.json, or the .npz file that lora.py --train wrote"
         )
 
 

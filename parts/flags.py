@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from parts import adapters, cli, schedules
+from parts import adapter_formats, adapters, cli, schedules
 from parts.cli import did_you_mean
 from parts.files import decode_text
 
@@ -106,6 +106,9 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     if args.train:
         adapters.check_replaceable(Path(args.adapter_file))
     adapter = adapter_to_load(args)
+    if adapter and Path(adapter).is_dir():
+        adapter_formats.check_folder(Path(adapter))
+        return
     if adapter is not None and not Path(adapter).is_file():
         raise FileNotFoundError(
             f"there is no adapter file {adapter}{did_you_mean(adapter)}: make one with --train, "

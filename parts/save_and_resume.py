@@ -103,6 +103,10 @@ class RunState:
         Raises ValueError when the state is damaged, of another run, or beyond `last`.
         """
         adapter, path = Path(adapter_file), sibling(adapter_file, ".state.npz")
+        adapter_content = self.ranks.read(adapter)
+        if adapter_content is None:
+            say(f"A new run begins from the weights in {adapter}, which is another library's")
+            return
         content = self.ranks.read(path)
         if content is None:
             say(f"A new run begins from the weights in {adapter}: there is no {path}")
@@ -118,7 +122,7 @@ class RunState:
             saved = self._parse(state)
         except Exception as error:  # a damaged archive raises almost anything
             raise ValueError(f"{path} is damaged ({error}); {instead_of(path)}") from error
-        if digest(self.ranks.read(adapter) or b"") != adapter_digest:
+        if digest(adapter_content) != adapter_digest:
             say(f"A new run begins from the weights in {adapter}: {path} is of other adapters")
             return
         check_fingerprint(fingerprint, self.fingerprint, path)
