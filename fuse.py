@@ -59,7 +59,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--model", default="mlx_model", help="folder made by convert.py")
-    add("--adapter-file", default="adapters.npz", help="adapters to merge")
+    add(
+        "--adapter-file",
+        default="adapters.npz",
+        help="adapters to merge: a file, or a folder of PEFT's or mlx-lm's",
+    )
     add("--no-adapter", action="store_true", help="write the model without adapters")
     add(
         "--save-path",

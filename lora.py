@@ -80,8 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--adapter-file",
         default="adapters.npz",
-        help="adapters to write, or to use; training also writes adapters.best.npz, those of the "
-        "lowest validation loss",
+        help="adapters to write, or to use: then also a folder of PEFT's or mlx-lm's; training also "
+        "writes adapters.best.npz, those of the lowest validation loss",
     )
     add("--no-adapter", action="store_true", help="test or generate with the base model")
     add(
@@ -115,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--resume-adapter-file",
         help="adapters to go on from: where they were saved, or as the start of a new run if no "
-        "state lies beside them",
+        "state lies beside them, or if they are a folder of PEFT's or mlx-lm's",
     )
     add("--steps-per-report", type=COUNT, default=10, help="steps between two reports")
     add("--steps-per-eval", type=COUNT, default=200, help="steps between two validations")

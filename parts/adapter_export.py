@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.adapter_formats import CONFIG, MLX_LM, MODULES, PEFT, Format, is_rotated, split_pairs
+from parts.export_hugging_face import MADE_BY, read_metadata, write_safetensors
+from parts.fusing import Weight
 from parts.staging import matching
 
-MADE_BY = "fuse.py"  # in the metadata of the matrices, by which a folder of ours is known
 MODEL_FILES = ("*.safetensors", "*.npz", "*.gguf", "*.bin", "*.pth", "config.json", "params.json")
 
 
@@ -24,22 +23,14 @@ def check_replaceable(folder: Path, name: str) -> None:
     name: of the format, in `FORMATS`.
     """
     form, _ = FORMATS[name]
-    own = form.files if is_exported(folder / form.weights) else ()
+    is_own = read_metadata(folder / form.weights).get("made_by") == MADE_BY
+    own = form.files if is_own else ()
     other = set(matching(folder, (*MODEL_FILES, CONFIG))) - set(own)
     if other:
         raise ValueError(
             f"--save-path {folder} holds a {min(other)} that fuse.py did not make there: name "
             "another"
         )
-
-
-def is_exported(path: Path) -> bool:
-    """Whether this is a safetensors file that fuse.py made."""
-    try:
-        with safe_open(path, "np") as file:
-            return (file.metadata() or {}).get("made_by") == MADE_BY
-    except (OSError, SafetensorError):
-        return False
 
 
 def write_peft(folder: Path, matrices: dict[str, np.ndarray], scale: float, params: dict) -> None:
@@ -133,9 +124,13 @@ def write_folder(
             matrix = split_pairs(matrix, head_dim)
         matrix = matrix.T if form.is_transposed else matrix
         tensors[form.key.format(layer, theirs[module], letter)] = np.ascontiguousarray(matrix)
-    metadata = {"format": "pt" if form is PEFT else "mlx", "made_by": MADE_BY}
+    weights = [
+        Weight(name, tensor.shape, "float32", lambda tensor=tensor: iter([tensor]))
+        for name, tensor in sorted(tensors.items())
+    ]
     with open(folder / form.weights, "wb") as file:
-        file.write(save(tensors, metadata))
+        for _ in write_safetensors(file, weights):
+            pass
         file.flush()
         os.fsync(file.fileno())
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -188,7 +188,7 @@ def parse_safetensors(content: bytes, path: Path) -> dict[str, np.ndarray]:
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): copy it again") from error
     tensors = {}
-    for name, tensor in stored:
+    for name, tensor in sorted(stored, key=lambda item: item[0]):
         if tensor["dtype"] not in STORED_TYPES:
             raise ValueError(f"{name} in {path} is {tensor['dtype']}, which is no matrix of floats")
         array = np.frombuffer(tensor["data"], STORED_TYPES[tensor["dtype"]])

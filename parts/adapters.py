@@ -175,7 +175,10 @@ def check_replaceable(adapter: Path) -> None:
     if not folder.is_dir():
         raise FileNotFoundError(f"the folder of --adapter-file {adapter} does not exist")
     if adapter.is_dir():
-        raise IsADirectoryError(f"--adapter-file {adapter} is a folder: name a file")
+        raise IsADirectoryError(
+            f"--adapter-file {adapter} is a folder: name a file to write; to start from another "
+            "library's adapter, give its folder as --resume-adapter-file"
+        )
     if adapter.suffix in FOREIGN_SUFFIXES:
         raise ValueError(
             f"--adapter-file {adapter}: training writes NumPy's format: name {adapter.stem}.npz"
