@@ -80,8 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--adapter-file",
         default="adapters.npz",
-        help="adapters to write, or to use: then also a folder of PEFT's or mlx-lm's; training also "
-        "writes adapters.best.npz, those of the lowest validation loss",
+        help="adapters to write, or to use: then also a folder of PEFT's or mlx-lm's; training "
+        "also writes adapters.best.npz, those of the lowest validation loss",
     )
     add("--no-adapter", action="store_true", help="test or generate with the base model")
     add(

@@ -42,10 +42,10 @@ def write_peft(folder: Path, matrices: dict[str, np.ndarray], scale: float, para
     rank, layers_of = what_is_adapted(matrices, PEFT)
     layers = sorted(set().union(*layers_of.values()))
     if all(len(adapted) == len(layers) for adapted in layers_of.values()):
-        targets = {"target_modules": list(layers_of), "layers_to_transform": layers}
+        names, numbers = [module.rpartition(".")[2] for module in layers_of], layers
     else:  # each by its own name
         names = [f"layers.{i}.{module}" for module in layers_of for i in sorted(layers_of[module])]
-        targets = {"target_modules": names, "layers_to_transform": None}
+        numbers = None
     alpha = scale * rank
     config = {
         "peft_type": "LORA",
@@ -55,7 +55,8 @@ def write_peft(folder: Path, matrices: dict[str, np.ndarray], scale: float, para
         "r": rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
-        **targets,
+        "target_modules": names,
+        "layers_to_transform": numbers,
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
