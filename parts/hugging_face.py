@@ -165,7 +165,7 @@ def rope_scaling(kind: str, values: dict) -> dict:
     for name, number in SCALING_NUMBERS.items():
         value = values.get(name)
         if value is not None:
-            is_number = isinstance(value, (int, float)) and abs(value) < float("inf")
+            is_number = isinstance(value, (int, float)) and abs(value) < 1e300
             scaling[name] = number(value) if is_number else value
     if values.get("truncate") is False:
         scaling["truncate"] = False

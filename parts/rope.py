@@ -28,6 +28,7 @@ NEEDED = {  # by each kind of scaling, in Hugging Face's words
 OPTIONAL = {
     "yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
 }
+SMALLEST, LARGEST = 1e-6, 1e9  # of the numbers that describe a scaling
 
 
 class Rope(NamedTuple):
@@ -46,6 +47,8 @@ def make_rope(head_dim: int, theta: float, scaling: dict | None, context: int | 
 
     Raises ValueError where the scaling is of an unknown kind, or lacks a value.
     """
+    if theta <= 1:
+        raise ValueError(f"rope_theta is {theta}, and not above 1")
     if scaling is None:
         return Rope(head_dim, theta)
     kind = scaling.get("rope_type") if isinstance(scaling, dict) else None
@@ -60,7 +63,7 @@ def make_rope(head_dim: int, theta: float, scaling: dict | None, context: int | 
         value = values.get(name)
         if name not in NEEDED[kind] and not value and value is not False:
             continue  # none, or zero, is the default
-        is_number = isinstance(value, (int, float)) and 0 < value < math.inf
+        is_number = isinstance(value, (int, float)) and SMALLEST <= value <= LARGEST
         if not (is_number or (name == "truncate" and value is False)):
             raise ValueError(f"{name} of rope_scaling ({kind}) is {value!r}")
         used[name] = value

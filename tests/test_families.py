@@ -352,6 +352,8 @@ def test_the_frequencies_are_those_of_transformers(scaling, theta, head_dim, con
         ({"rope_scaling": {"rope_type": "linear", "factor": -1}}, "(linear) is -1"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, "original_max_position_embeddings"),
         ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4.0}}, "not below high_freq_factor"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 10**400}}, "(linear) is 1"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0"),
         ({"sliding_window": 0}, "sliding_window is 0"),
         ({"sliding_window": True}, "sliding_window is True"),
         ({"attention_bias": 1}, "attention_bias is 1"),
