@@ -34,6 +34,7 @@ TEKKEN_SPECIAL = (
     *("[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"),
     "[TOOL_CONTENT]",
 )
+MOST_SPECIAL = 1 << 16  # of a tekken.json; Mistral's have 1,000
 
 
 # -------------------------------------------------------------------------------------------------
@@ -81,6 +82,16 @@ def check_tokens(tokens: list[bytes], path: Path) -> None:
         raise ValueError(f"{path} lacks tokens of one byte: it is damaged, download it again")
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise ValueError or TypeError where no tokenizer can split words by this pattern."""
+    from tokenizers import Regex
+
+    try:
+        Regex(pattern)
+    except Exception as error:  # which the package raises, of no other class
+        raise ValueError(f"pattern {pattern!r}") from error
+
+
 # -------------------------------------------------------------------------------------------------
 # Convert
 
@@ -121,19 +132,24 @@ def tekken_tokenizer(path: Path) -> bytes:
     try:
         config = content["config"]
         n_special = config["default_num_special_tokens"]
+        if not 0 < n_special <= MOST_SPECIAL:
+            raise ValueError(f"default_num_special_tokens is {n_special}")
         n_tokens = config["default_vocab_size"] - n_special
         tokens = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"][:n_tokens]]
         listed = content.get("special_tokens")
         names = dict(enumerate(TEKKEN_SPECIAL))
         if listed is not None:
-            names = {entry["rank"]: entry["token_str"] for entry in listed}
+            names = {entry["rank"]: "".join(entry["token_str"]) for entry in listed}
         special = {i: names.get(i, f"<SPECIAL_{i}>") for i in range(n_special)}
         ranks = [entry["rank"] for entry in content["vocab"][:n_tokens]]
         pattern = config["pattern"]
+        check_pattern(pattern)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no tokenizer of Tekken ({error!r}): download it") from error
-    if ranks != list(range(n_tokens)) or TEKKEN_EOS not in special or not isinstance(pattern, str):
-        raise ValueError(f"{path} has too few tokens, or their ranks are not in order")
+    if TEKKEN_EOS not in special or len(set(special.values())) < n_special:
+        raise ValueError(f"{path} has too few special tokens, or one twice: download it")
+    if ranks != list(range(n_tokens)):
+        raise ValueError(f"{path} has too few tokens, or their ranks are not in order: download it")
     check_tokens(tokens, path)
     return tokenizer_json(tokens, n_special, special, pattern, TEKKEN_BOS)
 

@@ -75,7 +75,7 @@ def read_source_tokenizer(
         raise ValueError(
             f"{chosen.path} has {chosen.n_tokens} tokens, the model {vocab_size}: it is of another"
         )
-    bos_id, eos_ids = beginning_and_ends(chosen, config, folder, hf_config or {}, vocab_size)
+    bos_id, eos_ids = beginning_and_ends(chosen, config, folder, hf_config or {})
     files = {**chosen.files, **chat_template(folder, config)}
     return SourceTokenizer(files, bos_id, eos_ids, chosen.n_tokens, chosen.path)
 
@@ -198,6 +198,8 @@ def read_hugging_face(path: Path) -> Candidate:
     for i, token in model.get_added_tokens_decoder().items():
         if ids[token.content] != i:  # the package numbers them in their order
             raise ValueError(f"{path} gives {token.content} an id that leaves a gap before it")
+    if max(ids.values()) >= model.get_vocab_size():
+        raise ValueError(f"{path} has ids without a token below that of its last")
     model.no_truncation()
     begins = model.encode("a").ids[:1] != model.encode("a", add_special_tokens=False).ids[:1]
     ends = [ids[name] for name in END_NAMES if name in ids][:1]
@@ -224,7 +226,7 @@ def read_tokenizer_config(folder: Path) -> dict:
 
 
 def beginning_and_ends(
-    chosen: Candidate, config: dict, folder: Path, hf_config: dict, vocab_size: int
+    chosen: Candidate, config: dict, folder: Path, hf_config: dict
 ) -> tuple[int | None, list[int]]:
     """Return the token that begins a text, None for none, and those that end one.
 
@@ -242,29 +244,40 @@ def beginning_and_ends(
     for source in (read_json(generation) if generation.is_file() else {}, hf_config):
         listed = source.get("eos_token_id")
         ends += listed if isinstance(listed, list) else [listed]
-    ends = [i for i in dict.fromkeys(ends) if isinstance(i, int) and 0 <= i < vocab_size]
-    ends = ends or chosen.ends
+    ends = [i for i in ends if type(i) is int and 0 <= i < chosen.n_tokens]
+    ends = list(dict.fromkeys(ends)) or chosen.ends
     if not ends:
         raise ValueError(f"{chosen.path} has no token for the end of a text (eos_token)")
+    if bos_id is not None and bos_id >= chosen.n_tokens:
+        raise ValueError(f"{chosen.path} begins a text with token {bos_id}, which it does not have")
     return bos_id, ends
 
 
-def name_of(token: str | dict | None) -> str | None:
-    """Return the text of a token as tokenizer_config.json has it."""
-    return token.get("content") if isinstance(token, dict) else token
+def name_of(token: object) -> str | None:
+    """Return the text of a token as tokenizer_config.json has it, None where it has none."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 def chat_template(folder: Path, config: dict) -> dict[str, Path | bytes]:
     """Return the chat template as a file of a model's folder; nothing where there is none."""
     path, template = folder / "chat_template.jinja", config.get("chat_template")
     if path.is_file():
-        return {path.name: path}
+        return {path.name: find_file(path)}
     if isinstance(template, list):  # of named ones
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
-        template = named.get("default")
-    return {path.name: template.encode()} if isinstance(template, str) and template else {}
+        named = [one for one in template if isinstance(one, dict) and one.get("name") == "default"]
+        template = named[-1].get("template") if named else None
+    return {path.name: to_bytes(template)} if isinstance(template, str) and template else {}
 
 
 def to_json(content: dict) -> bytes:
     """Return the content as JSON. Equal content gives equal bytes."""
-    return (json.dumps(content, ensure_ascii=False, indent=2) + "\n").encode()
+    return to_bytes(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+
+
+def to_bytes(text: str) -> bytes:
+    """Return a text of the tokenizer's files as UTF-8. Raises ValueError."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the tokenizer's JSON files hold half a character: {error}") from error

@@ -316,15 +316,16 @@ def read_added_tokens(folder: Path) -> list[AddedToken]:
         for i, flag in (flags or {}).items():
             chosen = {name: bool(flag.get(name)) for name in AddedToken._fields[2:]}
             found[int(i)] = AddedToken(flag["content"], int(i), **chosen)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{folder}: its added tokens are malformed ({error!r})") from error
+        if any(i < 0 or not isinstance(found[i].content, str) for i in found):
+            raise ValueError("an id below 0, or a name that is no text")
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        names = " or ".join(str(path) for path in (plain, config) if path.is_file())
+        raise ValueError(f"the added tokens in {names} are malformed: {error}") from error
     return [found[i] for i in sorted(found) if found[i].content]
 
 
 def params_ids(folder: Path) -> tuple[int | None, list[int]] | None:
-    """Return the tokens that begin and end a text, by the params.json of a model's folder; None
-    where it says nothing of them.
-    """
+    """Return the tokens that begin and end a text, by a model's params.json; None without any."""
     path = folder / "params.json"
     params = read_json(path) if path.is_file() else {}
     return (params.get("bos_id"), params["eos_ids"]) if params.get("eos_ids") else None
@@ -348,7 +349,6 @@ def tokenizer_file(folder: str | Path) -> Path:
 
 def special_token_warning(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> str | None:
     """Return what to warn of where texts name special tokens that are read as text; None else.
-
     texts: each with the place where it stands, such as "data/train.jsonl, line 3".
     """
     if tokenizer.special_tokens:

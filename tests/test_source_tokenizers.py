@@ -261,6 +261,71 @@ def test_a_damaged_file_is_one_line(folder, name, content, says):
     assert str(folder / name) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"added_tokens.json": {"<y>": -1}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {str(N + 2): {"content": ["<y>"]}}}},
+        {"tokenizer_config.json": {"added_tokens_decoder": {"-2": {"content": "<y>"}}}},
+    ],
+)
+def test_malformed_added_tokens_are_one_line(folder, beside):
+    write_json(folder)
+    ((name, content),) = beside.items()
+    write_config(folder, name, **content)
+    with pytest.raises(ValueError, match="are malformed") as error:
+        read_source_tokenizer(folder, 32000)
+    assert str(folder / name) in str(error.value)
+
+
+def test_ends_that_are_no_tokens_are_passed_over(folder):
+    write_json(folder)
+    write_config(
+        folder, eos_token=["</s>"], bos_token={"content": {}}, chat_template=[{"name": []}]
+    )
+    write_config(folder, "generation_config.json", eos_token_id={})
+    # The model has rows that the tokenizer has no tokens for.
+    found = read_source_tokenizer(folder, N + 50, {"eos_token_id": [N + 30, True, [1], "x", N]})
+    assert found.eos_ids == [N] and found.files.keys() == {"tokenizer.json"}
+
+
+def test_a_beginning_that_is_no_token_is_one_line(folder):
+    content = json.loads(write_json(folder, bos=N))
+    content["post_processor"]["special_tokens"]["<s>"]["ids"] = [N + 30]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"begins a text with token {N + 30}"):
+        read_source_tokenizer(folder, N + 50)
+
+
+@pytest.mark.parametrize(
+    "change, special",
+    [
+        ({"pattern": "("}, None),
+        ({"default_num_special_tokens": 10**9, "default_vocab_size": 10**9 + N}, None),
+        ({}, [{"rank": i, "token_str": "<x>"} for i in range(20)]),
+        ({}, [{"rank": 0, "token_str": 5}]),
+    ],
+)
+def test_a_tekken_file_that_makes_no_sense_is_one_line(folder, change, special):
+    write_tekken(folder)
+    content = json.loads((folder / "tekken.json").read_text())
+    content["config"].update(change)
+    content["special_tokens"] = special
+    (folder / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="download it"):
+        read_source_tokenizer(folder, 32000)
+
+
+def test_a_chat_template_that_is_none_is_one_line(folder):
+    write_json(folder)
+    write_config(folder, chat_template="\ud800")
+    with pytest.raises(ValueError, match="hold half a character"):
+        read_source_tokenizer(folder, 32000)
+    (folder / "chat_template.jinja").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ValueError, match="git-lfs pointer"):
+        read_source_tokenizer(folder, 32000)
+
+
 def test_a_missing_tokenizer_is_one_line(folder):
     with pytest.raises(FileNotFoundError, match="copy the model's tokenizer there"):
         read_source_tokenizer(folder, 32000)
