@@ -173,9 +173,14 @@ class Dataset:
             yield text, f"{self._path}, line {line}"
 
     def encode(self, tokenizer: Tokenizer) -> list[np.ndarray]:
-        """Return the token ids (int32) of each text, from BOS to EOS. Computed once."""
+        """Return the token ids (int32) of each text, from BOS to EOS. Computed once. Raises
+        ValueError for a text that leaves nothing to predict.
+        """
         if self._encoded is None or self._encoded[0] is not tokenizer:
             rows = [np.array(tokenizer.encode(text, eos=True), np.int32) for text in self._texts]
+            for row, line in zip(rows, self._lines, strict=True):
+                if len(row) < 2:  # of a tokenizer without BOS
+                    raise ValueError(f"{self._path}, line {line} is one token: leave it out")
             self._encoded = tokenizer, rows
         return self._encoded[1]
 
@@ -575,6 +580,8 @@ def prepare(
         generating = not (args.train or args.test)
         dtype = DTYPES.get(args.dtype) or device.default_dtype(generating)
         prepared = sets, *load_model(args.model, dtype, args.special_tokens)
+        if args.prompt is not None and not prepared[-1].encode(args.prompt):
+            raise ValueError("--prompt is empty, and no token begins this model's texts: give some")
         if ranks.size > 1:
             inputs = input_digests(args, [list(dset) for dset in sets if dset is not None])
     except USER_ERRORS as error:

@@ -389,3 +389,19 @@ def test_texts_that_name_special_tokens_are_read_as_the_flag_says(ending_model, 
     assert (
         load_tokenizer(ending_model).encode("a", eos=True)[-1] == QUICK["vocab_size"]
     )  # params.json's
+
+
+def test_where_no_token_begins_texts_what_is_none_is_one_line(ending_model, tmp_path):
+    folder = shutil.copytree(ending_model, tmp_path / "model")
+    params = json.loads((folder / "params.json").read_text())
+    (folder / "params.json").write_text(json.dumps({**params, "bos_id": None}))
+    flags = "--model", folder, "--no-adapter"
+    process = call_script("lora.py", *flags, "--prompt", "")
+    assert (process.returncode, "Generating" in process.stdout) == (2, False)
+    assert "--prompt is empty" in process.stderr
+    write_jsonl(tmp_path / "test.jsonl", ["a text", "<|im_end|>"])
+    flags = *flags, "--test", "--data", tmp_path
+    assert call_script("lora.py", *flags).returncode == 0
+    process = call_script("lora.py", *flags, "--special-tokens")
+    assert process.returncode == 2
+    assert f"{tmp_path / 'test.jsonl'}, line 2 is one token" in process.stderr
