@@ -15,6 +15,8 @@ DECISIVE_FLAGS = (
     "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "max_grad_norm", "seed", "warmup",
     "weight_decay",
 )  # fmt: skip
+# Of params.json, what folders of earlier versions do not tell, so that they may be made again.
+MAY_BE_UNKNOWN = ("max_position_embeddings", "bos_id", "eos_ids")
 # Of the states of versions that had no such flag.
 FORMER_VALUES = {
     "--grad-accumulation": 1,
@@ -50,7 +52,12 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
 
 def check_fingerprint(saved: dict, fingerprint: dict, path: Path) -> None:
     """Raise ValueError, which names the difference, where the state in `path` is of another run."""
-    params = {**fingerprint["params.json"], **saved.get("params.json", {})}
+    told = {
+        name: value
+        for name, value in saved.get("params.json", {}).items()
+        if value is not None or name not in MAY_BE_UNKNOWN
+    }
+    params = {**fingerprint["params.json"], **told}
     saved = {**FORMER_VALUES, **saved, "params.json": params}  # an older state does not tell all
     for name, value in fingerprint.items():
         if saved.get(name, value) != value:

@@ -243,7 +243,7 @@ class TrainingLog:
             report.n_tokens,
             loss=report.loss,
             learning_rates=rates if len(set(rates)) > 1 else None,
-            learning_rate=rates[-1],
+            learning_rate=rates[-1] if rates else math.nan,
             tokens_per_second=report.tokens_per_second,
         )
 

@@ -445,3 +445,25 @@ def test_a_state_of_the_version_before_is_gone_on_from(tiny_model, data, tmp_pat
     assert process.returncode == 0, process.stderr
     assert adapter.read_bytes() == whole.read_bytes()
     assert (tmp_path / "a.best.npz").read_bytes() == (tmp_path / "whole.best.npz").read_bytes()
+
+
+def test_a_folder_that_is_converted_again_by_a_later_version_resumes_its_runs(
+    tiny_model, data, tmp_path
+):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    params = json.loads((folder / "params.json").read_text())
+    older = {name: value for name, value in params.items() if name != "max_position_embeddings"}
+    (folder / "params.json").write_text(json.dumps(older))
+    flags = folder, data, tmp_path / "a.npz", "--val-batches", 1
+    assert train(*flags, "--iters", 1).returncode == 0
+    (folder / "params.json").write_text(json.dumps({**params, "max_position_embeddings": 2048}))
+    resumed = train(*flags, "--iters", 2, "--resume-adapter-file", tmp_path / "a.npz")
+    assert "The run goes on after iteration 1" in resumed.stdout, resumed.stderr
+
+
+def test_reports_without_a_finite_step_have_no_learning_rate(tiny_model, data, tmp_path):
+    flags = "--iters", 4, "--val-batches", 1, "--steps-per-report", 1, "--learning-rate", 1e300
+    process = train(tiny_model, data, tmp_path / "a.npz", *flags)
+    assert process.returncode == 1
+    assert "losses or gradients were not finite" in process.stderr
+    assert entries(tmp_path / "a.npz")[-1]["learning_rate"] is None
