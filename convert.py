@@ -58,10 +58,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--q-group-size",
         type=int,
         default=64,
-        choices=(32, 64, 128),
+        choices=model_folder.GROUP_SIZES,
         help="weights that share a scale",
     )
-    add("--q-bits", type=int, default=4, choices=(2, 3, 4, 5, 6, 8), help="bits a weight")
+    add("--q-bits", type=int, default=4, choices=model_folder.BITS, help="bits a weight")
     return parser
 
 

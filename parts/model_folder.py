@@ -33,6 +33,7 @@ PARAMS = {  # what each params.json of convert.py says
     "vocab_size",
     "rope_theta",
 }
+GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # that quantization can have
 FOREIGN_FILES = (  # what only other models' folders hold
     "config.json",
     "consolidated.*",
@@ -109,10 +110,18 @@ def read_config(
         quantization = config.pop("quantization", None)
         model = model_class(args_class(**config))
         if quantization is not None:
+            check_quantization(quantization)
             nn.quantize(model, **quantization, class_predicate=quantizable)
     except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} does not describe a model ({error}): run convert.py") from error
     return model
+
+
+def check_quantization(settings: object) -> None:
+    """Raise ValueError where params.json says what MLX cannot quantize by."""
+    known = [{"group_size": size, "bits": bits} for size in GROUP_SIZES for bits in BITS]
+    if settings not in known:
+        raise ValueError(f"quantization is {settings!r}")
 
 
 def load_weights(model: nn.Module, path: Path, dtype: mx.Dtype) -> None:

@@ -764,6 +764,11 @@ def test_a_flag_that_cannot_work_is_one_line(flags, says):
         ("params.json", json.dumps({**QUICK, "n_layers": 4}).encode(), "lacks layers.3."),
         ("params.json", json.dumps({**QUICK, "vocab_size": 100}).encode(), "has 1000 tokens"),
         ("params.json", json.dumps({"dim": 64}).encode(), "does not describe a model"),
+        (
+            "params.json",  # MLX divides by zero, which ends the process
+            json.dumps({**QUICK, "quantization": {"group_size": 0, "bits": 4}}).encode(),
+            "does not describe a model",
+        ),
         ("weights.npz", None, "weights.npz is missing"),
         ("weights.npz", b"PK not a zip", "weights.npz is damaged"),
         ("tokenizer.model", None, "tokenizer.model is missing"),
