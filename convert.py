@@ -103,9 +103,11 @@ def quantize_each(
             yield name, mx.array(weight)
             continue
         if weight.shape[1] % settings["group_size"]:
+            fits = [size for size in model_folder.GROUP_SIZES if weight.shape[1] % size == 0]
+            instead = f"give --q-group-size {fits[-1]}" if fits else "convert without -q"
             raise ValueError(
                 f"the {weight.shape[1]} columns of {name} do not divide into groups of "
-                f"{settings['group_size']}: give a smaller --q-group-size"
+                f"{settings['group_size']}: {instead}"
             )
         # Each stream quantizes some of the rows.
         rows = np.array_split(weight, min(len(weight), len(streams)))

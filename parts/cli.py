@@ -171,5 +171,7 @@ def exit_statuses(
         sys.exit(MACHINE_FAILED)
     except USER_ERRORS as error:
         fail(error, USER_ERROR, advice(error))
+    except ModuleNotFoundError as error:  # of a package that only some models need
+        fail(error, MACHINE_FAILED, "pip install -r requirements.txt")
     except MACHINE_ERRORS as error:
         fail(error, MACHINE_FAILED, advice(error))

@@ -19,9 +19,13 @@ from parts import cli
         (MemoryError(), 1, "script.py: error: MemoryError\n"),
         (RuntimeError("[METAL] it failed"), 1, "script.py: error: [METAL] it failed; wait\n"),
         (FloatingPointError("nan"), 1, "script.py: error: nan\n"),
+        (
+            ModuleNotFoundError("No module named 'tokenizers'"), 1,
+            "script.py: error: No module named 'tokenizers'; pip install -r requirements.txt\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
-)
+)  # fmt: skip
 def test_an_error_is_one_line_and_a_status(error, status, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/script.py"])
     with (

@@ -248,7 +248,7 @@ def test_impossible_calls_are_one_line(checkpoint, tmp_path):
     assert "nowhere holds no checkpoint" in error_of(run("nowhere", tmp_path / "mlx"))
     assert "own folder" in error_of(run(checkpoint, checkpoint))
     assert "--q-bits" in error_of(run(checkpoint, tmp_path / "mlx", "-q", "--q-bits", 7))
-    assert "do not divide into groups of 128" in error_of(
+    assert "do not divide into groups of 128: give --q-group-size " in error_of(
         run(checkpoint, tmp_path / "mlx", "-q", "--q-group-size", 128)
     )
     (checkpoint / "tokenizer.model").unlink()
