@@ -71,7 +71,7 @@ __device__ void normalize(const Number* in, const Number* weight) {
 // of exponentials. `qkv` (QKV) holds queries, keys and values of the token, before LoRA, norms and
 // rotation. The last split has its position, and writes it to the cache.
 __device__ void attention(
-    int head, int split, int n_splits, const float* qkv, Lora lora,
+    int head, int split, int n_splits, const float* qkv, const Lora& lora,
     const Number* q_norm, const Number* k_norm, Number* keys, Number* values,
     const float* frequencies, Place place, int capacity, float* out
 ) {
@@ -80,11 +80,10 @@ __device__ void attention(
     int lane = threadIdx.x % LANES, warp = threadIdx.x / LANES, kv_head = head / HEADS_PER_KV;
     size_t cached = size_t(kv_head) * capacity * HEAD_DIM + lane * CHANNELS;
 
-    auto load = [&](int at, float* channels) {
+    auto load = [&](int matrix, int at, float (&channels)[CHANNELS]) {
         at += lane * CHANNELS;
-        for (int i = 0; i < CHANNELS; i++) {
-            channels[i] = __ldcg(qkv + at + i) + lora_output(lora, at + i);
-        }
+        for (int i = 0; i < CHANNELS; i++) channels[i] = __ldcg(qkv + at + i);
+        add_lora(lora, matrix, at, channels);
     };
     auto norm = [&](float* channels, const Number* weight) {
         if (!HAS_HEAD_NORM) return;
@@ -110,14 +109,14 @@ __device__ void attention(
     };
 
     float query[CHANNELS], sums[CHANNELS] = {}, max_logit = -1e30f, sum_exp = 0;
-    load(head * HEAD_DIM, query);
+    load(0, head * HEAD_DIM, query);
     norm(query, q_norm);
     rope(query, rsqrtf(HEAD_DIM) * LOG2_E * float(AMPLITUDE));
     if (warp == 0 && split == n_splits - 1) {
         float key[CHANNELS];
         Channels new_key, new_value;
-        load(Q + kv_head * HEAD_DIM, key);
-        load(Q + KV + kv_head * HEAD_DIM, sums);
+        load(1, Q + kv_head * HEAD_DIM, key);
+        load(2, Q + KV + kv_head * HEAD_DIM, sums);
         norm(key, k_norm);
         rope(key, AMPLITUDE);
         for (int i = 0; i < CHANNELS; i++) {
@@ -204,8 +203,8 @@ __device__ void merge_splits(const float* splits, int n_splits) {
     }
 }
 
-// What a layer makes of the token `in` (DIM), which is at `*place`, into `out` (DIM). `inner` and
-// `arrived` are the four of LoRA's groups: wq, wk, wv; wo; w1, w3; w2.
+// What a layer makes of the token `in` (DIM), which is at `*place`, into `out` (DIM). LoRA is in
+// four groups, each with one input: wq, wk, wv; wo; w1, w3; w2.
 extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     const Number* in, const Place* place, const Number* attention_norm, const Number* ffn_norm,
     const Number* q_norm, const Number* k_norm, const Number* qkv_bias,
@@ -221,18 +220,17 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     Number* keys, Number* values, const float* frequencies, Count* barrier, const Number* previous,
     Number* out, float* qkv, float* splits, Number* residual, Number* hidden,
     float* inner, Count* arrived,
-    int qkv_ranks, int o_ranks, int w13_ranks, int w2_ranks, int capacity
+    int qkv_rank, int o_rank, int w13_rank, int w2_rank, int capacity
 ) {
     // `previous`, the output for the last token, is only waited for.
     Place here = *place;
     int block = blockIdx.x, n_blocks = gridDim.x;
-    Lora qkv_lora{qkv_a, qkv_b, qkv_ranks, inner, arrived};
-    Lora o_lora{o_a, o_b, o_ranks, qkv_lora.inner + qkv_ranks, arrived + 1};
-    Lora w13_lora{w13_a, w13_b, w13_ranks, o_lora.inner + o_ranks, arrived + 2};
-    Lora w2_lora{w2_a, w2_b, w2_ranks, w13_lora.inner + w13_ranks, arrived + 3};
-    // The first grid_sync lies between these zeros and the first count that is waited for: for wq,
-    // wk and wv, all wait there.
-    if (block == 0 && threadIdx.x < 4) arrived[threadIdx.x] = 0;
+    Lora qkv_lora{qkv_a, qkv_b, qkv_rank, 3 * qkv_rank, inner, nullptr};  // grid_sync waits for it
+    Lora o_lora{o_a, o_b, o_rank, o_rank, qkv_lora.inner + qkv_lora.rows, arrived};
+    Lora w13_lora{w13_a, w13_b, w13_rank, 2 * w13_rank, o_lora.inner + o_lora.rows, arrived + 1};
+    Lora w2_lora{w2_a, w2_b, w2_rank, w2_rank, w13_lora.inner + w13_lora.rows, arrived + 2};
+    // The first grid_sync lies between these zeros and the first count.
+    if (block == 0 && threadIdx.x < 3) arrived[threadIdx.x] = 0;
 
     // Queries, keys and values.
     normalize(in, attention_norm);
@@ -265,8 +263,10 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     multiply<Q, 1>(DIM, [&](int row, int) {
         return row_of<Q>(Matrix{wo, wo_scales, wo_biases}, row);
     }, [&](int row, const float* products) {
+        float sum[1] = {float(in[row]) + products[0]};
         wait_for(o_lora);
-        residual[row] = Number(float(in[row]) + products[0] + lora_output(o_lora, row));
+        add_lora(o_lora, 0, row, sum);
+        residual[row] = Number(sum[0]);
     });
     grid_sync(barrier);
 
@@ -278,10 +278,11 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
         return row_of<DIM>(i ? Matrix{w3, w3_scales, w3_biases} : Matrix{w1, w1_scales, w1_biases},
                            row);
     }, [&](int row, const float* products) {
+        float gate[1] = {products[0]}, up[1] = {products[1]};
         wait_for(w13_lora);
-        float gate = products[0] + lora_output(w13_lora, row);
-        float up = products[1] + lora_output(w13_lora, HIDDEN + row);
-        hidden[row] = Number(gate / (1 + __expf(-gate)) * up);
+        add_lora(w13_lora, 0, row, gate);
+        add_lora(w13_lora, 1, HIDDEN + row, up);
+        hidden[row] = Number(gate[0] / (1 + __expf(-gate[0])) * up[0]);
     });
     grid_sync(barrier);
 
@@ -295,7 +296,9 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     multiply<HIDDEN, 1>(DIM, [&](int row, int) {
         return row_of<HIDDEN>(Matrix{w2, w2_scales, w2_biases}, row);
     }, [&](int row, const float* products) {
+        float sum[1] = {float(residual[row]) + products[0]};
         wait_for(w2_lora);
-        out[row] = Number(float(residual[row]) + products[0] + lora_output(w2_lora, row));
+        add_lora(w2_lora, 0, row, sum);
+        out[row] = Number(sum[0]);
     });
 }

@@ -2,11 +2,9 @@
 
 from collections.abc import Callable
 
-import numpy as np
-
 from parts import device, nvrtc
 from parts.kv_cache import KVCache
-from parts.merged_linear import base_linear, stack_biases, stack_lora
+from parts.merged_linear import base_linear, stack_biases
 from parts.rope import amplitude, frequency_table
 
 import mlx.core as mx
@@ -71,7 +69,7 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
 
 
 def kernel_inputs(layer: nn.Module) -> tuple[list[mx.array], list[int]]:
-    """The arrays of a layer in the kernel's order, and the LoRA ranks of each of its groups."""
+    """The arrays of a layer in the kernel's order, and the LoRA rank of each of its groups."""
     attention, dtype = layer.attention, layer.attention_norm.weight.dtype
     unread = mx.zeros(1, dtype)  # in place of what the layer does not have
     inputs = [layer.attention_norm.weight, layer.ffn_norm.weight]
@@ -83,11 +81,35 @@ def kernel_inputs(layer: nn.Module) -> tuple[list[mx.array], list[int]]:
         inputs += [linear.get(name, unread) for name in ("weight", "scales", "biases")]
     ranks = []
     for group in lora_groups(layer):
-        ends = np.cumsum([len(base_linear(linear).weight) for linear in group]).tolist()
-        pair = stack_lora(group, ends)
-        inputs += [mx.contiguous(m.T.astype(dtype)) for m in pair] or [unread, unread]
-        ranks.append(len(inputs[-2]) if pair else 0)
+        pair = padded_lora(group, dtype)
+        inputs += pair or [unread, unread]
+        ranks.append(pair[1].shape[1] if pair else 0)
     return inputs, ranks
+
+
+def padded_lora(layers: tuple[nn.Module, ...], dtype: mx.Dtype) -> list[mx.array]:
+    """The LoRA pairs of layers with the same input, transposed, with one rank R for all: rows (R
+    for each layer, D), and (all outputs, R) times each layer's scale. The rest is zeros: a row of
+    the latter is a whole number of 16 bytes.
+
+    Returns an empty list where no layer is adapted.
+    """
+    ranks = [layer.lora_a.shape[1] if "lora_a" in layer else 0 for layer in layers]
+    multiple = 16 // dtype.size
+    rank = -(-max(ranks) // multiple) * multiple
+    if not rank:
+        return []
+    dims = next(len(layer.lora_a) for layer in layers if "lora_a" in layer)
+    rows, outputs = [], []
+    for layer, own in zip(layers, ranks, strict=True):
+        if own:
+            a, b = layer.lora_a.T, layer.lora_b.T * layer.scale
+            rows.append(mx.pad(a, ((0, rank - own), (0, 0))))
+            outputs.append(mx.pad(b, ((0, 0), (0, rank - own))))
+        else:
+            rows.append(mx.zeros((rank, dims)))
+            outputs.append(mx.zeros((len(layer.weight), rank)))
+    return [mx.contiguous(mx.concatenate(m).astype(dtype)) for m in (rows, outputs)]
 
 
 def compiled_kernel(model: nn.Module) -> bytes | None:
@@ -138,7 +160,7 @@ def kernel_layers(model: nn.Module) -> Callable | None:
                     (n_split_floats,),
                     x.shape,
                     (args.hidden_dim,),
-                    (sum(ranks) + 64,),
+                    (7 * max(ranks) + 64,),  # all seven projections at most
                     (len(ranks),),
                 ],
                 output_dtypes=[dtype, mx.float32, mx.float32, dtype, dtype, mx.float32, mx.uint64],

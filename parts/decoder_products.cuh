@@ -283,34 +283,69 @@ __device__ void multiply(int n_rows, GetRow get_row, Finish finish) {
     }
 }
 
-// LoRA's pair of matrices a (ranks, K) and b (all outputs, ranks). `inner` (ranks) gets the input's
-// products with the rows of a; `arrived` counts those that are ready.
-struct Lora { const Number *a, *b; int ranks; float* inner; Count* arrived; };
+// LoRA for matrices with one input: `a` (rows, K), of which each matrix has `rank`, and `b` (all
+// outputs, rank). Rows of b are whole vectors: `rank` is a multiple of VECTOR. `inner` (rows) gets
+// the input's products with a; `arrived`, if any, counts those that are ready.
+struct Lora {
+    const Number *a, *b;
+    int rank, rows;
+    float* inner;
+    Count* arrived;
+    bool is_ready = false;
+};
 
-// Begin with LoRA: the grid's last warps, which have the fewest rows, multiply the input by a.
-template <int K> __device__ void start_lora(Lora lora) {
-    int n_warps = WARPS * gridDim.x;
-    int warp = threadIdx.x / LANES * gridDim.x + blockIdx.x;
-    for (int r = n_warps - 1 - warp; r < lora.ranks; r += n_warps) {
-        float product = dot<K>(lora.a + size_t(r) * K);
-        if (threadIdx.x % LANES == 0) {
-            lora.inner[r] = product;
-            __threadfence();
-            atomicAdd(lora.arrived, Count(1));
+// Begin with LoRA: the grid's last blocks multiply the input by a row of `a` each.
+template <int K> __device__ void start_lora(const Lora& lora) {
+    __shared__ float sums[WARPS];
+    for (int row = gridDim.x - 1 - blockIdx.x; row < lora.rows; row += gridDim.x) {
+        float sum = 0;
+        #pragma unroll 4
+        for (int k = threadIdx.x * VECTOR; k < K; k += THREADS * VECTOR) {
+            uint4 words = __ldcs(reinterpret_cast<const uint4*>(lora.a + size_t(row) * K + k));
+            Vector weights = reinterpret_cast<Vector&>(words), inputs = input(k);
+            for (int i = 0; i < VECTOR; i++) {
+                sum += float(inputs.values[slot(i)]) * float(weights.values[i]);
+            }
         }
+        sum = warp_sum(sum);
+        if (threadIdx.x % LANES == 0) sums[threadIdx.x / LANES] = sum;
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            sum = 0;
+            for (float part : sums) sum += part;
+            lora.inner[row] = sum;
+            if (lora.arrived) {
+                __threadfence();
+                atomicAdd(lora.arrived, Count(1));
+            }
+        }
+        __syncthreads();
     }
 }
 
 // Wait until `inner` is ready.
-__device__ void wait_for(Lora lora) {
-    if (lora.ranks) wait_for(lora.arrived, lora.ranks);
+__device__ void wait_for(Lora& lora) {
+    if (lora.rows && !lora.is_ready) wait_for(lora.arrived, lora.rows);
+    lora.is_ready = true;
 }
 
-// What LoRA adds to an output, once `inner` is ready.
-__device__ float lora_output(Lora lora, int output) {
-    float sum = 0;
-    for (int r = 0; r < lora.ranks; r++) {
-        sum += __ldcg(lora.inner + r) * float(lora.b[size_t(output) * lora.ranks + r]);
+// Add LoRA to N outputs of a matrix, which is number `matrix` of those with this input; `first` of
+// all their outputs is the first of the N.
+template <int N>
+__device__ void add_lora(const Lora& lora, int matrix, int first, float (&outputs)[N]) {
+    const float* inner = lora.inner + matrix * lora.rank;
+    const Number* b = lora.b + size_t(first) * lora.rank;
+    #pragma unroll 1
+    for (int r = 0; r < lora.rank; r += VECTOR) {
+        float factors[VECTOR];
+        for (int i = 0; i < VECTOR; i += 4) {
+            float4 four = __ldcg(reinterpret_cast<const float4*>(inner + r + i));
+            factors[i] = four.x, factors[i + 1] = four.y;
+            factors[i + 2] = four.z, factors[i + 3] = four.w;
+        }
+        for (int n = 0; n < N; n++) {
+            Vector weights = reinterpret_cast<const Vector&>(b[n * lora.rank + r]);
+            for (int i = 0; i < VECTOR; i++) outputs[n] += factors[i] * float(weights.values[i]);
+        }
     }
-    return sum;
 }
