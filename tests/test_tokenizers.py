@@ -22,7 +22,7 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from parts.byte_level_bpe import byte_letters, llama3_tokenizer, tekken_tokenizer, tokenizer_json
-from parts.tokenizers import Tokenizer, load_tokenizer, special_token_warning, stream_text
+from parts.tokenizers import Tokenizer, any_of, load_tokenizer, special_token_warning, stream_text
 
 TOKENIZER = Tokenizer(MISTRAL_TOKENIZER)
 MISTRAL = MISTRAL_TOKENIZER.parent
@@ -308,3 +308,11 @@ def test_every_byte_has_a_letter_of_its_own():
     letters = byte_letters()
     assert len(set(letters.values())) == 256
     assert [letters[i] for i in b" \n!a\xad"] == [0x120, 0x10A, 33, 97, 0x143]
+
+
+@given(st.lists(st.text("<ab[/>", min_size=1, max_size=6), max_size=9), st.text("<ab[/>"))
+def test_of_names_that_begin_alike_the_longest_is_found(names, text):
+    starts = ((i, name) for i in range(len(text)) for name in names if text.startswith(name, i))
+    expected = min(starts, key=lambda found: (found[0], -len(found[1])), default=(None, None))[1]
+    match = any_of(names).search(text)
+    assert (match and match[0]) == expected
