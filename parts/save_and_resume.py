@@ -128,8 +128,8 @@ class RunState:
         check_fingerprint(fingerprint, self.fingerprint, path)
         if saved.iteration > last:
             raise ValueError(
-                f"{path} is of iteration {saved.iteration}, and --iters {last} counts from the "
-                "start"
+                f"{path} is of iteration {saved.iteration}, and this run ends at {last}: --iters "
+                "and --epochs count from the start"
             )
         self.best = self._find_best(saved.best, adapter)
         self.model.update(saved.matrices)

@@ -266,7 +266,7 @@ def test_a_run_that_goes_on_goes_on_in_the_same_log(flags, stopped, uninterrupte
         (["--batch-size", "3"], "--batch-size is not that of the run in "),
         (["--learning-rate", "1e-4"], "(0.001 then); to begin a new run from the weights alone"),
         (["--seed", "6"], "--seed is not that of the run"),
-        (["--iters", "9"], "is of iteration 10, and --iters 9 counts from the start"),
+        (["--iters", "9"], "is of iteration 10, and this run ends at 9: --iters and"),
     ],
 )
 def test_a_changed_flag_is_named(flags, stopped, tmp_path, change, says):
