@@ -15,7 +15,7 @@
 //   EPSILON            of RMSNorm
 //   THREADS            of a block
 //   SHARED_MEMORY      bytes of dynamic shared memory of a block
-//   PREFETCHED         bytes of weights that a block has the L2 cache read ahead; 0: none
+//   PREFETCHED         bytes of weights that a block has the L2 cache read before it waits for others
 //   MAX_SPLITS         blocks, at most, that the positions of one head are split among
 
 constexpr int KV = N_KV_HEADS * HEAD_DIM, QKV = Q + 2 * KV;
