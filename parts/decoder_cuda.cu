@@ -15,7 +15,6 @@
 //   EPSILON            of RMSNorm
 //   THREADS            of a block
 //   SHARED_MEMORY      bytes of dynamic shared memory of a block
-//   PREFETCHED         bytes of weights that a block has the L2 cache read before it waits for others
 //   MAX_SPLITS         blocks, at most, that the positions of one head are split among
 
 constexpr int KV = N_KV_HEADS * HEAD_DIM, QKV = Q + 2 * KV;
@@ -233,28 +232,19 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     // The first grid_sync lies between these zeros and the first count.
     if (block == 0 && threadIdx.x < 3) arrived[threadIdx.x] = 0;
 
-    Matrix q_matrix{wq, wq_scales, wq_biases}, k_matrix{wk, wk_scales, wk_biases};
-    Matrix v_matrix{wv, wv_scales, wv_biases}, o_matrix{wo, wo_scales, wo_biases};
-    Matrix w1_matrix{w1, w1_scales, w1_biases}, w2_matrix{w2, w2_scales, w2_biases};
-    Matrix w3_matrix{w3, w3_scales, w3_biases};
-
     // Queries, keys and values.
-    prefetch<DIM>(qkv_lora, QKV);
-    prefetch_first<DIM>(q_matrix, Q);
-    prefetch_first<DIM>(k_matrix, KV);
-    prefetch_first<DIM>(v_matrix, KV);
     normalize(in, attention_norm);
     sum_chunks<DIM>();
     start_lora<DIM>(qkv_lora);
     multiply<DIM, 1>(QKV, [&](int row, int) {
         bool is_query = row < Q, is_key = !is_query && row < Q + KV;
-        Matrix matrix = is_query ? q_matrix : is_key ? k_matrix : v_matrix;
+        Matrix matrix = is_query ? Matrix{wq, wq_scales, wq_biases}
+                      : is_key   ? Matrix{wk, wk_scales, wk_biases}
+                                 : Matrix{wv, wv_scales, wv_biases};
         return row_of<DIM>(matrix, row - (is_query ? 0 : is_key ? Q : Q + KV));
     }, [&](int row, const float* products) {
         qkv[row] = products[0] + (HAS_BIAS ? float(qkv_bias[row]) : 0);
     });
-    prefetch<Q>(o_lora, DIM);
-    prefetch_first<Q>(o_matrix, DIM);
     grid_sync(barrier);
 
     // Attention: each head's positions in splits, for as many blocks as there are.
@@ -264,9 +254,6 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
         attention(item / n_splits, item % n_splits, n_splits, qkv, qkv_lora, q_norm, k_norm, keys,
                   values, frequencies, here, capacity, splits + item * SPLIT);
     }
-    prefetch<DIM>(w13_lora, 2 * HIDDEN);
-    prefetch_first<DIM, 2>(w1_matrix, HIDDEN);
-    prefetch_first<DIM, 2>(w3_matrix, HIDDEN);
     grid_sync(barrier);
 
     // wo, and the residual connection.
@@ -274,7 +261,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     sum_chunks<Q>();
     start_lora<Q>(o_lora);
     multiply<Q, 1>(DIM, [&](int row, int) {
-        return row_of<Q>(o_matrix, row);
+        return row_of<Q>(Matrix{wo, wo_scales, wo_biases}, row);
     }, [&](int row, const float* products) {
         float sum[1] = {float(in[row]) + products[0]};
         wait_for(o_lora);
@@ -288,7 +275,8 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     sum_chunks<DIM>();
     start_lora<DIM>(w13_lora);
     multiply<DIM, 2>(HIDDEN, [&](int row, int i) {
-        return row_of<DIM>(i ? w3_matrix : w1_matrix, row);
+        return row_of<DIM>(i ? Matrix{w3, w3_scales, w3_biases} : Matrix{w1, w1_scales, w1_biases},
+                           row);
     }, [&](int row, const float* products) {
         float gate[1] = {products[0]}, up[1] = {products[1]};
         wait_for(w13_lora);
@@ -296,8 +284,6 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
         add_lora(w13_lora, 1, HIDDEN + row, up);
         hidden[row] = Number(gate[0] / (1 + __expf(-gate[0])) * up[0]);
     });
-    prefetch<HIDDEN>(w2_lora, DIM);
-    prefetch_first<HIDDEN>(w2_matrix, DIM);
     grid_sync(barrier);
 
     // w2, and the residual connection.
@@ -308,7 +294,7 @@ extern "C" __global__ __launch_bounds__(THREADS, 1) void decoder_layer(
     sum_chunks<HIDDEN>();
     start_lora<HIDDEN>(w2_lora);
     multiply<HIDDEN, 1>(DIM, [&](int row, int) {
-        return row_of<HIDDEN>(w2_matrix, row);
+        return row_of<HIDDEN>(Matrix{w2, w2_scales, w2_biases}, row);
     }, [&](int row, const float* products) {
         float sum[1] = {float(residual[row]) + products[0]};
         wait_for(w2_lora);

@@ -13,7 +13,6 @@ import mlx.nn as nn
 THREADS = 512  # of a block
 SHARED_MEMORY = 82_000  # bytes of dynamic shared memory of a block
 STATIC_SHARED_MEMORY = 17_000  # bytes that attention takes, up to a head_dim of 256
-PREFETCHED = 160 * 1024  # bytes of weights that a block has read ahead of a product
 MAX_SPLITS = 16  # blocks, at most, that the positions of one head are split among
 
 
@@ -65,7 +64,6 @@ def kernel_constants(model: nn.Module) -> dict[str, object] | None:
         "EPSILON": float(args.norm_eps),
         "THREADS": THREADS,
         "SHARED_MEMORY": SHARED_MEMORY,
-        "PREFETCHED": PREFETCHED,
         "MAX_SPLITS": MAX_SPLITS,
     }
 

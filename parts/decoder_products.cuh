@@ -28,7 +28,6 @@ constexpr int TILE = 16;                         // rows that a warp multiplies 
 constexpr int SPLITS = WARPS < 8 ? WARPS : 8;    // warps that share a tile, each with some chunks
 constexpr int STEPS_AT_ONCE = 4;                 // of a tile, whose weights are read at once
 constexpr int PASS = 256;                        // rows between two reductions over the splits
-constexpr int AHEAD = 2 * (WARPS / SPLITS);      // tiles between what L2 reads and what warps read
 
 constexpr int MULTIPLE = BITS ? GROUP_SIZE : VECTOR;
 constexpr int Q = N_HEADS * HEAD_DIM;
@@ -78,38 +77,6 @@ template <int K> __device__ Row row_of(Matrix matrix, int row) {
     const uint4* chunks = static_cast<const uint4*>(matrix.weight) + size_t(row) * (K / CHUNK);
     size_t groups = size_t(row) * (K / GROUP_SIZE);
     return {chunks, matrix.scales + groups, matrix.biases + groups};
-}
-
-// Have the L2 cache read what lies from `from` on; nothing waits for it. For one thread to call.
-__device__ void prefetch(const void* from, size_t bytes) {
-#if __CUDA_ARCH__ >= 900
-    size_t start = (size_t(from) + 15) / 16 * 16, end = (size_t(from) + bytes) / 16 * 16;
-    if (PREFETCHED == 0 || start >= end) return;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(start), "r"(int(end - start)));
-#endif
-}
-
-// As above, for n rows of K numbers that follow each other.
-template <int K> __device__ void prefetch(Row first, int n) {
-    prefetch(first.chunks, size_t(n) * (K / CHUNK) * sizeof(uint4));
-    if (BITS == 0) return;
-    prefetch(first.scales, size_t(n) * (K / GROUP_SIZE) * sizeof(Number));
-    prefetch(first.biases, size_t(n) * (K / GROUP_SIZE) * sizeof(Number));
-}
-
-// Before a product with N matrices of n_rows rows, have the L2 cache read those that this block, or
-// the grid, begins with, so that memory does not rest while blocks wait for each other. All blocks
-// call it for each of the matrices.
-template <int K, int N = 1> __device__ void prefetch_first(Matrix matrix, int n_rows) {
-    constexpr int ROW = K / CHUNK * sizeof(uint4) * N, MOST = PREFETCHED / ROW;
-    if (threadIdx.x > 0) return;
-    int start = size_t(n_rows) * blockIdx.x / gridDim.x;
-    int n = size_t(n_rows) * (blockIdx.x + 1) / gridDim.x - start;
-    if (n > MOST) {
-        n = MOST;
-        if (!TENSOR_CORES) start = n * blockIdx.x;
-    }
-    prefetch<K>(row_of<K>(matrix, start), n);
 }
 
 // The vector of the input that begins with its number k.
@@ -298,13 +265,6 @@ __device__ void multiply(int n_rows, GetRow get_row, Finish finish) {
             int n = min(end - start, PASS), n_tiles = (n + TILE - 1) / TILE;
             for (int item = warp / SPLITS; item < n_tiles * N; item += WARPS / SPLITS) {
                 int i = item % N, first = item / N * TILE + lane / 4;
-                int later = (item + AHEAD) / N * TILE, last = min(later + TILE, n) - 1;
-                if (split == 0 && lane == 0 && later <= last) {
-                    Row row = get_row(start + later, i);
-                    auto apart = get_row(start + last, i).chunks - row.chunks;
-                    bool is_one_matrix = apart == (last - later) * (K / CHUNK);
-                    if (is_one_matrix) prefetch<K>(row, last - later + 1);
-                }
                 float2 sums = multiply_tile<K>(get_row(start + min(first, n - 1), i),
                                                get_row(start + min(first + 8, n - 1), i), split);
                 float* at = partial + (split * N + i) * PASS + first;  // PASS has room for whole tiles
@@ -333,15 +293,6 @@ struct Lora {
     Count* arrived;
     bool is_ready = false;
 };
-
-// Have the L2 cache read all of LoRA's matrices; each block a part of them.
-template <int K> __device__ void prefetch(const Lora& lora, int n_outputs) {
-    if (threadIdx.x > 0 || !lora.rows) return;
-    size_t a = size_t(lora.rows) * K * sizeof(Number) / gridDim.x;
-    size_t b = size_t(n_outputs) * lora.rank * sizeof(Number) / gridDim.x;
-    prefetch(reinterpret_cast<const char*>(lora.a) + a * blockIdx.x, a);
-    prefetch(reinterpret_cast<const char*>(lora.b) + b * blockIdx.x, b);
-}
 
 // Begin with LoRA: the grid's last blocks multiply the input by a row of `a` each.
 template <int K> __device__ void start_lora(const Lora& lora) {
