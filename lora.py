@@ -6,8 +6,9 @@ python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
 cat question.txt | python lora.py --model mlx_model --prompt -
 
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
-folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line. LoRA makes x W of
-some layers x W + 2 (x A) B: W stays as it is, A and B are trained (`LoRALinear` in models.py).
+folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line, or prompts or
+chats. LoRA makes x W of some layers x W + 2 (x A) B: W stays as it is, A and B are trained
+(`LoRALinear` in models.py).
 """
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
@@ -35,17 +36,19 @@ from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.decoder import generate_step
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, add_lora_flags, add_update_flags, check_arguments
+from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_update_flags
+from parts.flags import check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
-from parts.records import parse_record
+from parts.records import Record, Records
 from parts.run_files import warn_of_replaced
 from parts.run_log import StepResult, say
 from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
-from parts.tokenizers import Tokenizer, special_token_warning, stream_text
+from parts.token_rows import TokenRows, encode_records, special_token_warning, text_of
+from parts.tokenizers import Tokenizer, stream_text
 from parts.training import (
     report_steps,
     report_validation,
@@ -102,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--data", default="data/", help="folder of train.jsonl, valid.jsonl, test.jsonl")
+    add_data_flags(add)
     add("--lora-layers", type=COUNT, default=16, help="layers to adapt, from the top")
     add_lora_flags(add)
     add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
@@ -137,69 +141,87 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 class Dataset:
-    """The texts of a JSONL file: of each line's object, the string under `key`.
+    """The records of a JSONL file: texts, which stand under `key`, or what else parts/records.py
+    reads.
 
-    Raises FileNotFoundError, or ValueError with the file and the line that is wrong.
+    mask_prompt: whether the loss counts completions and the assistant's answers alone.
+    chat_template: in place of the model's own. Raises FileNotFoundError, or ValueError with the
+    file and the line that is wrong.
     """
 
-    def __init__(self, path: str | Path, key: str = "text"):
+    def __init__(
+        self,
+        path: str | Path,
+        key: str = "text",
+        mask_prompt: bool = False,
+        chat_template: str | None = None,
+    ):
         if not Path(path).is_file():
             raise FileNotFoundError(
                 f"{path} is missing{did_you_mean(path)}: --data takes a folder with train.jsonl, "
                 "valid.jsonl and test.jsonl, such as cwk_create_dataset.py makes"
             )
         check_content(path)
-        with open(path, "rb") as lines:
-            found = [
-                (parse_record(line, key, f"{path}, line {i}"), i)
-                for i, line in enumerate(lines, start=1)
-                if line.strip()
-            ]
-        self._path = path
-        self._texts, self._lines = [text for text, _ in found], [i for _, i in found]
-        if not self._texts:
-            raise ValueError(f'{path} is empty: each line holds one {{"{key}": "..."}}')
-        self._encoded: tuple[Tokenizer, list[np.ndarray]] | None = None
+        self._records = Records(path, key)
+        self._options = mask_prompt, chat_template
+        self._kept = range(len(self._records))  # all but those of which nothing counts
+        self._encoded: tuple[Tokenizer, TokenRows] | None = None
 
-    def __getitem__(self, index: int) -> str:
-        return self._texts[index]
+    def __getitem__(self, index: int) -> Record:
+        return self._records[self._kept[index]]
 
     def __len__(self) -> int:
-        return len(self._texts)
+        return len(self._kept)
 
     def with_places(self) -> Iterator[tuple[str, str]]:
         """Yield each text, and where it stands, such as "data/train.jsonl, line 3"."""
-        for text, line in zip(self._texts, self._lines, strict=True):
-            yield text, f"{self._path}, line {line}"
+        for i in self._kept:
+            yield text_of(self._records[i]), self._records.place(i)
 
-    def encode(self, tokenizer: Tokenizer) -> list[np.ndarray]:
-        """Return the token ids (int32) of each text, from BOS to EOS. Computed once. Raises
-        ValueError for a text that leaves nothing to predict.
+    def encode(self, tokenizer: Tokenizer) -> TokenRows:
+        """Return the token ids of each record, and which of them count. Computed once.
+
+        Of a record of which nothing counts there is none. Raises ValueError where no other is left,
+        and for one that leaves nothing to predict.
         """
         if self._encoded is None or self._encoded[0] is not tokenizer:
-            rows = [np.array(tokenizer.encode(text, eos=True), np.int32) for text in self._texts]
-            for row, line in zip(rows, self._lines, strict=True):
-                if len(row) < 2:  # of a tokenizer without BOS
-                    raise ValueError(f"{self._path}, line {line} is one token: leave it out")
-            self._encoded = tokenizer, rows
+            self._kept = range(len(self._records))
+            self._keep(tokenizer, encode_records(self._records, tokenizer, *self._options))
         return self._encoded[1]
 
     def truncate(self, tokenizer: Tokenizer, max_length: int) -> int:
         """Shorten the texts of more than `max_length` tokens. Return how many they are."""
         rows = self.encode(tokenizer)
-        self._encoded = tokenizer, [row[:max_length] for row in rows]
-        return sum(len(row) > max_length for row in rows)
+        self._keep(tokenizer, rows.truncated(max_length))
+        return int((rows.lengths > max_length).sum())
+
+    def left_out(self) -> list[str]:
+        """Return where each record stands of which nothing counts, as far as is known."""
+        kept = set(self._kept)
+        return [self._records.place(i) for i in range(len(self._records)) if i not in kept]
+
+    def _keep(self, tokenizer: Tokenizer, rows: TokenRows) -> None:
+        which = rows.where_counting()
+        if not len(which):
+            raise ValueError(
+                f"{self._records.path}: nothing counts in any record, see --mask-prompt and "
+                "--max-seq-length"
+            )
+        self._kept = [self._kept[i] for i in which]
+        self._encoded = tokenizer, rows.chosen(which)
 
 
 def load(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, Dataset | None]:
-    """Return the training, validation and test set of `args.data`; None for one not needed.
+    """Return the training, validation and test set of `args.data`; None for one not needed, and
+    where there is no validation set.
 
     Raises FileNotFoundError or ValueError when a set that is needed is missing or malformed.
     """
-    folder = Path(args.data)
-    train_set = Dataset(folder / "train.jsonl") if args.train else None
-    val_set = Dataset(folder / "valid.jsonl") if args.train else None
-    test_set = Dataset(folder / "test.jsonl") if args.test else None
+    folder, options = Path(args.data), (args.mask_prompt, args.chat_template)
+    train_set = Dataset(folder / "train.jsonl", "text", *options) if args.train else None
+    validates = args.train and ((folder / "valid.jsonl").exists() or args.patience is not None)
+    val_set = Dataset(folder / "valid.jsonl", "text", *options) if validates else None
+    test_set = Dataset(folder / "test.jsonl", "text", *options) if args.test else None
     return train_set, val_set, test_set
 
 
@@ -241,14 +263,15 @@ def iterate_batches(
     train: bool = False,
     seed: int = 0,
     skip: int = 0,
-) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
+) -> Iterator[tuple[mx.array, ...]]:
     """Yield batches of sequences of similar length, in a random order that `seed` decides.
 
     A batch is inputs (B, L), targets (B, L), which are the inputs one position on, and lengths
-    (B,), how many of a row's targets count; all int32, L one of few lengths. Evaluation is one pass
-    over all records. Training never ends; an epoch's order depends on `seed` and the epoch alone,
-    and what does not fill a batch is left out, other records in each epoch. The first `skip`
-    batches are left out.
+    (B,), how many of a row's targets count; all int32, L one of few lengths. Where prompts are
+    masked, the targets that do not count are -1, or left out: a fourth array then holds the others'
+    positions, for `loss`. Evaluation is one pass over all records. Training never ends; an epoch's
+    order depends on `seed` and the epoch alone, and what does not fill a batch is left out, other
+    records in each epoch. The first `skip` batches are left out.
     """
     rows = dset.encode(tokenizer)
     padded = bucket_lengths(rows)
@@ -265,7 +288,7 @@ def iterate_batches(
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts[skip if epoch == epochs_done else 0 :]:
             chosen = order[start : start + batch_size]
-            yield pad_batch([rows[i] for i in chosen], padded[chosen[-1]])
+            yield pad_batch([rows[i] for i in chosen], padded[chosen[-1]], rows.masked)
         if not train:
             return
 
@@ -307,7 +330,7 @@ def evaluate(
             total_tokens += batch_tokens
             if stopping:
                 return None
-    return total_loss / total_tokens
+    return total_loss / max(total_tokens, 1)
 
 
 @contextmanager
@@ -362,7 +385,8 @@ def make_step(
 
     def update(total: mx.array) -> tuple[mx.array, ...]:
         n_tokens, stopping = total[-2], total[-1]
-        gradient, value = total[:-3] / n_tokens, total[-3] / n_tokens
+        divisor = mx.maximum(n_tokens, 1)  # nothing counts in a batch: nothing changes
+        gradient, value = total[:-3] / divisor, total[-3] / divisor
         # Anything that is not finite makes the sum so, and then all stays as it was.
         finite = mx.isfinite(total.sum()) & (n_tokens > 0)
         if max_grad_norm is not None:
@@ -381,7 +405,7 @@ def make_step(
 def train(
     model: Model,
     train_set: Dataset,
-    val_set: Dataset,
+    val_set: Dataset | None,
     optimizer: optim.Optimizer,
     loss: Callable,
     tokenizer: Tokenizer,
@@ -413,7 +437,8 @@ def train(
             stop=interrupts.pending, ranks=ranks,
         )  # fmt: skip
         validate = partial(report_validation, compute, state, log, interrupts, args.patience, bar)
-        gives_up = validate_at_start(validate, state, log, args)
+        validates = val_set is not None
+        gives_up = validates and validate_at_start(validate, state, log, args)
         meter.resume()
         for iteration in [] if gives_up else bar:
             # Step. The device computes it while the next batch is made.
@@ -433,7 +458,7 @@ def train(
             state.keep()
 
             # Validate, which may end a training that no longer becomes better.
-            gives_up = due.validate and validate()
+            gives_up = validates and due.validate and validate()
 
             # Save, also a new best, and where the training ends early.
             ends = interrupts.stopping or meter.broken or gives_up
@@ -543,14 +568,20 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         if n_truncated:
             length = args.max_seq_length
             warn(f"{n_truncated} texts are cut to {length} tokens, see --max-seq-length")
+        left_out = [place for dset in used for place in dset.left_out()]
+        if left_out:
+            are = f"{len(left_out)} records are" if len(left_out) > 1 else "a record is"
+            warn(f"{are} left out, of which nothing counts ({left_out[0]}), see --mask-prompt")
     if args.train:
         if len(train_set) < args.batch_size:
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
+        if val_set is None:
+            warn(f"there is no {Path(args.data) / 'valid.jsonl'}: nothing is validated")
         say("Training")
         if ranks.rank == 0:
             warn_of_replaced(args.adapter_file, args.resume_adapter_file)
         args.iters = count_updates(args, len(train_set.encode(tokenizer)))
-        run_log.announce(model, train_set.encode(tokenizer), len(val_set), args, ranks.size)
+        run_log.announce(model, train_set.encode(tokenizer), len(val_set or ()), args, ranks.size)
         train(model, train_set, val_set, make_optimizer(args), loss, tokenizer, args, ranks)
     if args.test:
         say("Testing")

@@ -37,7 +37,10 @@ model_folder      weights.npz, params.json, tokenizer and chat template: read, w
 tokenizers        SentencePiece's and Hugging Face's files, special tokens; text as a stream
 source_tokenizers  the tokenizer of a checkpoint, in whichever format
 byte_level_bpe    Llama 3's and Tekken's files to Hugging Face's
-records           a line of JSONL to a text
+records           a JSONL file of texts, prompts and completions, or chats
+chat              chats to text by templates, and what of it the assistant answers
+chat_renderer     templates rendered in a process of its own, which the system may end
+token_rows        records to rows of token ids, and which of them count in the loss
 batches           rows of token ids to arrays of few lengths
 
 flags             lora.py's command line: numbers, and what cannot be given together

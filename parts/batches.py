@@ -23,13 +23,24 @@ def bucket_lengths(rows: list[np.ndarray]) -> list[int]:
     return [padded[length] for length in lengths]
 
 
-def pad_batch(rows: list[np.ndarray], length: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Return inputs and targets of `length` positions, and lengths; see `iterate_batches`."""
+def pad_batch(rows: list[np.ndarray], length: int, masked: bool = False) -> tuple[mx.array, ...]:
+    """Return inputs and targets of `length` positions, and lengths; see `iterate_batches`. masked:
+    whether there are tokens that do not count, which `token_rows` explains. Where they are at least
+    half of the places, only the targets that count are left, and their positions follow.
+    """
     padded = np.zeros((len(rows), length + 1), np.int32)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
-    return mx.array(padded[:, :-1]), mx.array(padded[:, 1:]), mx.array(lengths)
+    inputs, targets = np.where(padded < 0, ~padded, padded)[:, :-1], padded[:, 1:]
+    positions = ()
+    if masked:
+        counts = (targets >= 0) & (np.arange(length) < lengths[:, None])
+        targets = np.where(counts, targets, -1)
+        kept = keep_targets(targets, counts)
+        if kept[0].shape[1] <= length // 2:
+            targets, lengths, *positions = kept
+    return tuple(map(mx.array, (inputs, targets, lengths, *positions)))
 
 
 def keep_targets(

@@ -1,6 +1,7 @@
 """What decides a run's result: a run is resumed only with the same data, model and flags."""
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from parts.model_folder import checksums
 
 DECISIVE_FLAGS = (
     "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_dropout", "lora_layers",
-    "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "max_grad_norm", "seed", "warmup",
-    "weight_decay",
+    "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "mask_prompt", "max_grad_norm",
+    "seed", "warmup", "weight_decay",
 )  # fmt: skip
 # Of params.json, what folders of earlier versions do not tell, so that they may be made again.
 MAY_BE_UNKNOWN = ("max_position_embeddings", "bos_id", "eos_ids")
@@ -25,6 +26,7 @@ FORMER_VALUES = {
     "--lora-rank": 8,
     "--lora-scale": LORA_SCALE,
     "--lr-schedule": "constant",
+    "--mask-prompt": False,
     "--max-grad-norm": None,
     "--warmup": 0,
     "--weight-decay": 0,
@@ -35,18 +37,21 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
     """Return what decides a run's result, by the name that an error gives it. A state of another
     fingerprint is not resumed from.
 
-    rows: the token ids of the training set. params: of the model. args: with `model`, its folder.
+    rows: the token ids of the training set, as `token_rows` has them. params: of the
+    model. args: with `model`, its folder.
     Raises OSError.
     """
-    tokens = np.concatenate([np.append(len(row), row) for row in rows])
+    tokens = hashlib.sha256()
+    for row in rows:
+        tokens.update(np.append(len(row), row).tobytes())
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
     if args.lr_schedule != "constant":  # it depends on how many updates there are
         flags["--iters"] = args.iters
     return {
-        "the training data": digest(tokens.tobytes()),
         "the model": digest(checksums(Path(args.model) / "weights.npz")),
         "params.json": params,
-        **flags,
+        **flags,  # some of which make other data
+        "the training data": tokens.hexdigest(),
     }
 
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from parts import adapter_formats, adapters, cli, schedules
+from parts import adapter_formats, adapters, chat, cli, schedules
 from parts.cli import did_you_mean
 from parts.files import decode_text
 
@@ -75,6 +75,24 @@ def add_update_flags(add: Callable) -> None:
     add("--max-grad-norm", type=RATE, help="clip gradients to this global norm")
     add("--weight-decay", type=NOT_NEGATIVE, default=0.0, help="above 0: AdamW instead of Adam")
     add("--patience", type=COUNT, help="validations without a better one that end the training")
+
+
+def add_data_flags(add: Callable) -> None:
+    """Add the flags of prompts and chats, which the documented example does not have.
+
+    add: `add_argument` of their group.
+    """
+    add(
+        "--mask-prompt",
+        action="store_true",
+        help="the loss counts completions, and of chats the assistant's answers, alone",
+    )
+    add(
+        "--chat-template",
+        metavar="TEMPLATE",
+        help="for chats, in place of the model's own: a Jinja file, or one of "
+        f"{', '.join(chat.BUILT_IN)}",
+    )
 
 
 def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:

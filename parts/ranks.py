@@ -21,7 +21,7 @@ from typing import NamedTuple, NoReturn
 
 import numpy as np
 
-from parts import device, tokenizers  # before MLX, for its BLAS
+from parts import chat, device, tokenizers  # before MLX, for its BLAS
 from parts.files import digest
 from parts.model_folder import checksums
 
@@ -324,6 +324,7 @@ def input_digests(args: argparse.Namespace, texts: list[list[str]]) -> dict[str,
     """
     folder = Path(args.model)
     beside = [folder / name for name in ("params.json", *tokenizers.FILES, *tokenizers.BESIDE)]
+    beside.append(folder / chat.FILE)
     files = [path.read_bytes() for path in beside if path.is_file()]
     inputs = {
         f"--{name.replace('_', '-')}": digest(repr(value).encode())

@@ -1,15 +1,100 @@
-"""A line of JSONL to a text."""
+"""A JSONL file of texts, of prompts with their completions, or of chats.
+
+{"text": "..."}
+{"prompt": "...", "completion": "..."}
+{"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
+
+A file's first record says which of these it holds; where it has the keys of several, the first of
+them in this order counts. All other records are of that kind. Further keys are ignored. Records
+stay in their file until they are read: a file may be larger than the memory.
+"""
 
 import json
+from array import array
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+CONTENT_KEYS = ("tool_calls", "function_call", "reasoning_content")  # in place of a content
+BAR_DELAY = 2  # seconds until a bar shows
 
 
-def parse_record(line: bytes, key: str, place: str) -> str:
-    """Return the text under `key` in the object of one line. Raises ValueError, which names
-    `place`, and says what the line holds instead.
+class Completion(NamedTuple):
+    """A prompt, and the text that is to follow it."""
+
+    prompt: str
+    completion: str
+
+
+class Chat(NamedTuple):
+    """The messages of a conversation, as chat templates take them, and the tools it may call."""
+
+    messages: list[dict]
+    tools: list[dict] | None
+
+
+Record = str | Completion | Chat
+
+
+class Records:
+    """The records of a JSONL file, each read when it is asked for. key: of a text.
+
+    Raises ValueError, which names the file and the line, where one is malformed, or all are
+    missing.
     """
+
+    def __init__(self, path: str | Path, key: str = "text"):
+        self.path, self._key = path, key
+        self._file = open(path, "rb")  # noqa: SIM115  as long as the records
+        self._starts, self._lines = array("q"), array("q")  # bytes; line numbers
+        self.kind, start = "", 0
+        size = Path(path).stat().st_size
+        bar = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_DELAY}
+        with tqdm(None, f"Reading {path}", size, disable=None, **bar) as progress:
+            for number, line in enumerate(self._file, start=1):
+                if line.strip():
+                    record = parse_object(line, self._place(number), key)
+                    self.kind = self.kind or kind_of(record, key)
+                    check_record(record, self.kind, self._place(number), key)
+                    self._starts.append(start)
+                    self._lines.append(number)
+                start += len(line)
+                progress.update(len(line))
+        if not self._starts:
+            raise ValueError(f"{path} is empty: {expected(key)}")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> Record:
+        self._file.seek(self._starts[index])
+        place = self.place(index)
+        record = parse_object(self._file.readline(), place, self._key)
+        return check_record(record, self.kind, place, self._key)
+
+    def place(self, index: int) -> str:
+        """Return where a record stands, such as "data/train.jsonl, line 3"."""
+        return self._place(self._lines[index])
+
+    def _place(self, number: int) -> str:
+        return f"{self.path}, line {number}"
+
+
+def parse_record(line: bytes, key: str, place: str) -> Record:
+    """Return the record in one line, of whichever kind it is. key: of a text. Raises ValueError,
+    which names `place`, and says what the line holds instead.
+    """
+    record = parse_object(line, place, key)
+    return check_record(record, kind_of(record, key), place, key)
+
+
+def parse_object(line: bytes, place: str, key: str = "text") -> object:
+    """Return what a line of JSON holds. Raises ValueError, which names `place`."""
     try:
         content = line.decode("utf-8-sig").strip()
-        record = json.loads(content)
+        return json.loads(content)
     except UnicodeDecodeError as error:
         raise ValueError(f"{place} is not UTF-8: {error}") from error
     except json.JSONDecodeError as error:
@@ -19,23 +104,100 @@ def parse_record(line: bytes, key: str, place: str) -> str:
         raise ValueError(f"{place} is not JSON: {error.msg}, at column {error.colno}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place} is not JSON: {error}") from error
+
+
+def kind_of(record: object, key: str = "text") -> str:
+    """Return "text", "completion" or "chat"."""
+    if isinstance(record, dict) and key == "text" and key not in record:
+        if "messages" in record:
+            return "chat"
+        if "prompt" in record or "completion" in record:
+            return "completion"
+    return "text"
+
+
+def check_record(record: object, kind: str, place: str, key: str = "text") -> Record:
+    """Return a record of a file of this kind. Raises ValueError, which names `place`."""
+    check = {"text": check_text, "completion": check_completion, "chat": check_chat}[kind]
+    checked = check(record, place, key)
+    try:
+        json.dumps(checked, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place} holds half a character: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deep") from error
+    return checked
+
+
+def check_text(record: object, place: str, key: str) -> str:
+    """Return the text of a record."""
     text = record.get(key) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{place} has no {key}: {describe(record, key)}; {expected(key)}")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place} holds half a character: {error}") from error
     return text
+
+
+def check_completion(record: object, place: str, _: str) -> Completion:
+    """Return the prompt, which may be empty, and the completion of a record."""
+    values = [record.get(key) for key in Completion._fields] if isinstance(record, dict) else []
+    for key, value in zip(Completion._fields, values or [None, None], strict=True):
+        if not isinstance(value, str) or not (value.strip() or key == "prompt"):
+            raise ValueError(
+                f"{place} has no {key}: {describe(record, key)}; each line holds one "
+                '{"prompt": "...", "completion": "..."}, as the first does'
+            )
+    return Completion(*values)
+
+
+def check_chat(record: object, place: str, _: str) -> Chat:
+    """Return the messages and the tools of a record."""
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(
+            f"{place} has no messages: {describe(record, 'messages')}; each line holds one "
+            '{"messages": [{"role": "user", "content": "..."}, ...]}, as the first does'
+        )
+    for number, message in enumerate(messages, start=1):
+        check_message(message, f"{place}, message {number}")
+    tools = record.get("tools")
+    if not (tools is None or (isinstance(tools, list) and all(isinstance(t, dict) for t in tools))):
+        raise ValueError(f"{place}: its tools are {shortened(tools)}, and no list of objects")
+    return Chat(messages, tools or None)
+
+
+def check_message(message: object, place: str) -> None:
+    """Raise ValueError where a message has no role, or nothing to say."""
+    if not isinstance(message, dict):
+        raise ValueError(f'{place} is {shortened(message)}, and not {{"role": "...", ...}}')
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{place} has the role {shortened(role)}: give one of {', '.join(ROLES)}")
+    if content is None and role == "assistant" and any(message.get(key) for key in CONTENT_KEYS):
+        return
+    parts = content if isinstance(content, list) else []
+    if parts and all(isinstance(part, dict) and is_text(part) for part in parts):
+        return
+    if not isinstance(content, str):
+        raise ValueError(f"{place} has no content that is a text: {describe(message, 'content')}")
+
+
+def is_text(part: dict) -> bool:
+    """Whether a part of a content is a text, and no picture or sound."""
+    return part.get("type", "text") == "text" and isinstance(part.get("text"), str)
+
+
+# -------------------------------------------------------------------------------------------------
+# What errors say
 
 
 def expected(key: str) -> str:
     """Return what an error says of the lines that are wanted."""
-    return f'each line holds one {{"{key}": "..."}}'
+    chats = ", or prompts or chats" if key == "text" else ""
+    return f'each line holds one {{"{key}": "..."}}{chats}'
 
 
 def describe(record: object, key: str) -> str:
-    """Return what a line holds that has no text under `key`."""
+    """Return what a line holds that has nothing fit under `key`."""
     if isinstance(record, list):
         return "it is a JSON array"
     if not isinstance(record, dict):

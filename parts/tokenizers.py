@@ -96,6 +96,10 @@ class Tokenizer:
         """Whether the text of a token may yet become another by the token that follows."""
         return token in self._reader.changing
 
+    def name_of(self, token: int) -> str:
+        """Return what texts name a special token by."""
+        return self._reader.name_of(token)
+
     @property
     def special_names(self) -> frozenset[str]:
         """What texts name special tokens by."""
@@ -159,6 +163,10 @@ class SentencePiece:
 
     def own_ids(self) -> tuple[int | None, list[int]]:
         return self._model.bos_id(), [self._model.eos_id()]
+
+    def name_of(self, token: int) -> str:
+        added = token >= self._n_pieces
+        return self._added[token].content if added else self._model.id_to_piece(token)
 
     def hide(self, own: set[int], ends: frozenset[int]) -> None:
         """Take these for special tokens too, of `ends` what is no piece of a text."""
@@ -256,6 +264,9 @@ class HuggingFace:
         ids = self._model.encode("a", add_special_tokens=True).ids
         return ids[0] if ids[:1] != alone[:1] else None
 
+    def name_of(self, token: int) -> str:
+        return self._model.id_to_token(token) or ""
+
     def hide(self, own: set[int], ends: frozenset[int]) -> None:
         """Take these for special tokens too, of `ends` what is no piece of a text."""
         from tokenizers import AddedToken
@@ -348,21 +359,6 @@ def tokenizer_file(folder: str | Path) -> Path:
     """Return the tokenizer in a model's folder, or where it is missing."""
     paths = [Path(folder) / name for name in FILES]
     return next((path for path in paths if path.is_file()), paths[0])
-
-
-def special_token_warning(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> str | None:
-    """Return a warning of texts, each with its place, that name special tokens as text, or None."""
-    if tokenizer.special_tokens:
-        return None
-    found = [(name, place) for text, place in texts if (name := tokenizer.find_special(text))]
-    if not found:
-        return None
-    name, place = found[0]
-    count = f"{len(found)} texts name" if len(found) > 1 else "a text names"
-    return (
-        f"{count} special tokens, such as {name} ({place}), which are read as text: "
-        "--special-tokens reads them as tokens"
-    )
 
 
 # -------------------------------------------------------------------------------------------------

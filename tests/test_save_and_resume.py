@@ -538,7 +538,7 @@ def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
     tokens = [
         len(tokenizer.encode(text, eos=True))
         for name in ("train", "valid")
-        for text in lora.Dataset(data / f"{name}.jsonl")._texts
+        for text in lora.Dataset(data / f"{name}.jsonl")
     ]
     n_cut = sum(n > 20 for n in tokens)
     assert process.stderr.splitlines() == [

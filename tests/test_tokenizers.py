@@ -22,7 +22,8 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from parts.byte_level_bpe import byte_letters, llama3_tokenizer, tekken_tokenizer, tokenizer_json
-from parts.tokenizers import Tokenizer, any_of, load_tokenizer, special_token_warning, stream_text
+from parts.token_rows import special_token_warning
+from parts.tokenizers import Tokenizer, any_of, load_tokenizer, stream_text
 
 TOKENIZER = Tokenizer(MISTRAL_TOKENIZER)
 MISTRAL = MISTRAL_TOKENIZER.parent

@@ -1,0 +1,258 @@
+"""Chats to text by a model's chat template, and which characters of it the assistant answers."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from parts.files import check_content
+from parts.records import Chat
+from parts.tokenizers import Tokenizer
+
+FILE = "chat_template.jinja"  # in a model's folder
+SECONDS = 20  # of a processor that a template may take for one chat
+ROOT = Path(__file__).resolve().parent.parent
+
+# Of the published formats. A system message of Llama 2 and Mistral is part of the first question.
+CHATML = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}
+        {{- '\\n' }}
+    {%- else %}
+        {{- message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+LLAMA3 = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- generation %}{{- message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+    {%- else %}
+        {{- message.content | trim + '<|eot_id|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+IN_TURNS = """\
+{%- set first = namespace(system='') %}
+{%- if messages and messages[0].role == 'system' %}
+    {%- set first.system = SYSTEM %}
+    {%- set messages = messages[1:] %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role != ('assistant' if loop.index0 % 2 else 'user') %}
+        {{- raise_exception('user and assistant have to take turns, the user first') }}
+    {%- endif %}
+    {%- if message.role == 'user' %}
+        {{- USER }}
+    {%- else %}
+        {%- generation %}{{- ' ' + message.content | trim + END }}{% endgeneration %}
+    {%- endif %}
+{%- endfor %}
+"""
+LLAMA2 = (
+    IN_TURNS.replace("SYSTEM", "'<<SYS>>\\n' + messages[0].content | trim + '\\n<</SYS>>\\n\\n'")
+    .replace(
+        "USER",
+        "bos_token + '[INST] ' + (first.system if loop.first else '') "
+        "+ message.content | trim + ' [/INST]'",
+    )
+    .replace("END", "' ' + eos_token")
+)
+MISTRAL = "{{- bos_token }}\n" + IN_TURNS.replace(
+    "SYSTEM", "messages[0].content | trim + '\\n\\n'"
+).replace(
+    "USER",
+    "'[INST] ' + (first.system if loop.first else '') + message.content | trim + ' [/INST]'",
+).replace("END", "eos_token")
+BUILT_IN = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL}
+
+
+class Rendered(NamedTuple):
+    """A chat as text, and the characters between the template's `generation` marks."""
+
+    text: str
+    marks: list[tuple[int, int]]
+
+
+class ChatTemplate:
+    """A chat template, in the Jinja that transformers reads. `name` is what errors call it.
+
+    bos_token, eos_token: the texts of the tokens that begin and end one. seconds: of a processor
+    for one chat. Raises ValueError where it is no template, and ModuleNotFoundError.
+    """
+
+    def __init__(
+        self, source: str, name: str, bos_token: str, eos_token: str, seconds: float = SECONDS
+    ):
+        self.name, self._seconds, self._process = name, seconds, None
+        self._source = source
+        self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
+        self._ask({"template": source, "seconds": seconds})
+        self.has_marks = "endgeneration" in source
+
+    def render(self, chat: Chat, add_generation_prompt: bool = False) -> Rendered:
+        """Return the text of a chat; with `add_generation_prompt`, the beginning of the answer that
+        comes next. Raises ValueError where the template fails, loops for ever or fills the memory.
+        """
+        request = {"messages": chat.messages, "tools": chat.tools, **self._tokens}
+        answer = self._ask({**request, "add_generation_prompt": add_generation_prompt})
+        return Rendered(answer["text"], [tuple(mark) for mark in answer["marks"]])
+
+    def _ask(self, request: dict) -> dict:
+        """Return the process's answer to a request. Start it for the first."""
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "parts.chat_renderer"],
+                cwd=ROOT,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                start_new_session=True,
+            )
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            problem, status = self._process.stderr.read(), self._process.wait()
+            self.close()
+            if "No module named 'jinja2'" in problem:
+                raise ModuleNotFoundError("chats need jinja2: pip install jinja2")
+            last = (problem.strip().splitlines() or [f"its process ended with {status}"])[-1]
+            if status == -signal.SIGPROF:
+                last = f"it takes more than {self._seconds:g} s, or never ends"
+            raise ValueError(f"{self.name} does not work: {last}")
+        answer = json.loads(line)
+        if "error" in answer:
+            problem = " ".join(str(answer["error"]).split())[:300]
+            raise ValueError(f"{self.name} does not work: {problem}")
+        return answer
+
+    def close(self) -> None:
+        """End the process. Another request starts no new one."""
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            stream.close()
+        self._process.kill()
+        self._process.wait()
+
+    def __del__(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.close()
+
+
+def load_template(choice: str | None, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the template of a model's folder, or in its place the one that `choice` names: a file,
+    or one of BUILT_IN. Raises FileNotFoundError or ValueError.
+    """
+    tokens = token_text(tokenizer, tokenizer.bos_id), token_text(tokenizer, tokenizer.eos_id)
+    if choice in BUILT_IN:
+        return ChatTemplate(BUILT_IN[choice], f"--chat-template {choice}", *tokens)
+    names = ", ".join(BUILT_IN)
+    path = Path(choice) if choice is not None else folder / FILE
+    if choice is None and not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} has no {FILE}, which chats need: give --chat-template, a file or one of "
+            f"{names}"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"--chat-template {choice} is no file, and none of {names}")
+    check_content(path)
+    try:
+        return ChatTemplate(path.read_text(encoding="utf-8-sig"), str(path), *tokens)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def token_text(tokenizer: Tokenizer, token: int | None) -> str:
+    """Return the text that names a token; nothing for None."""
+    return "" if token is None else tokenizer.name_of(token)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the assistant answers
+
+
+def answer_spans(template: ChatTemplate, chat: Chat, ends: frozenset[str]) -> tuple:
+    """Return the text of a chat, and the characters (start, end) of each answer of the assistant,
+    with the end of its turn.
+
+    These are the template's own marks where it has some. Else an answer is what it adds to the
+    rendered messages before. ends: names of special tokens; of white space that follows one at the
+    end of an answer, nothing counts. Raises ValueError where that is ambiguous.
+    """
+    text, marks = template.render(chat)
+    if template.has_marks:
+        return text, marks
+    spans, position = [], 0
+    for i, message in enumerate(chat.messages):
+        if message["role"] != "assistant":
+            continue
+        before = template.render(chat._replace(messages=chat.messages[:i]), True).text if i else ""
+        after = template.render(chat._replace(messages=chat.messages[: i + 1])).text
+        last = content_of(chat.messages[i - 1]) if i else ""
+        start = find_end(text, before, last, position)
+        begin = find_end(after, before, last, 0)
+        end = begin is not None and start is not None
+        end = end and find_answer(text[start:], after[begin:], content_of(message))
+        if not end:
+            raise ValueError(
+                f"{template.name} does not show which tokens are the assistant's in message {i + 1}"
+                ": give it {% generation %} marks, or leave --mask-prompt out"
+            )
+        position = start + end
+        stripped = text[start:position].rstrip()
+        if stripped.endswith(tuple(ends)):
+            position = start + len(stripped)
+        spans.append((start, position))
+    return text, spans
+
+
+def content_of(message: dict) -> str:
+    """Return what any template shows of a message's content: without the thoughts before it, and
+    white space around it.
+    """
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = content[-1]["text"]
+    return content.rpartition("</think>")[2].strip()
+
+
+def find_end(text: str, before: str, last: str, position: int) -> int | None:
+    """Return where in `text`, from `position` on, the messages end of which `before` is the text;
+    None where they are not to be found.
+
+    last: the content of the last of them. Templates may move what comes before it, such as tools,
+    to another message; it and what follows it stay together.
+    """
+    if text.startswith(before):
+        return len(before)
+    at = before.rfind(last) if last else -1
+    if at < 0:
+        return None
+    found = text.find(before[at:], position)
+    return found + len(before) - at if found >= 0 else None
+
+
+def find_answer(text: str, answer: str, content: str) -> int | None:
+    """Return how long the answer is with which `text` begins; None where it begins with none.
+
+    answer: as it stands at the end of a chat, where templates may show more of it, such as
+    thoughts: so it is the longest end of that which holds its content.
+    """
+    for start in range(answer.rfind(content) + 1):
+        if text.startswith(answer[start:]) and start < len(answer):
+            return len(answer) - start
+    return None

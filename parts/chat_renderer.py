@@ -1,0 +1,133 @@
+"""Render chat templates in a process of its own: `python -m parts.chat_renderer`.
+
+A template is code that comes with a model. jinja2's sandbox keeps it from Python's insides, but not
+from looping for ever or filling the memory, in ways that no check of single operations covers. So
+a process renders it that has nothing else to lose, and that the system ends: after SECONDS of its
+time for a request, by a timer that it does not handle, or, on Linux, where it asks for more than
+MEMORY bytes. It starts no other process and opens no file.
+
+Reads lines of JSON, and answers each with one. The first is {"template": ..., "seconds": ...}, a
+request is what the template is rendered with; an answer is {"text": ..., "marks": [[start, end],
+...]}, with the characters between `generation` and `endgeneration`, or {"error": ...}.
+
+The environment is that of transformers: its options, filters and functions.
+"""
+
+import json
+import resource
+import signal
+import sys
+from datetime import datetime
+
+import jinja2
+import jinja2.ext
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY = 2 << 30  # bytes, of which Python takes some 50 MB
+
+
+class GenerationMarks(jinja2.ext.Extension):
+    """The block `{% generation %}...{% endgeneration %}`, which notes where its text lies.
+
+    The text stands between two characters of Unicode's noncharacters, which `find_marks` removes,
+    so that it counts where it ends up, whatever the template does with it in between.
+    """
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        call = self.call_method("mark")
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def mark(self, caller: jinja2.runtime.Macro) -> str:
+        """Return the block's text, marked."""
+        return f"{BEGIN}{caller()}{END}"
+
+
+BEGIN, END = "\ufdd0", "\ufdd1"
+
+
+def find_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """Return the text without marks, and the characters between each two."""
+    pieces, marks, length, start = [], [], 0, 0
+    for piece in text.replace(END, f"{BEGIN}{END}").split(BEGIN):
+        if piece.startswith(END):
+            marks.append((start, length))
+            piece = piece[1:]
+        start = length
+        pieces.append(piece)
+        length += len(piece)
+    return "".join(pieces), marks
+
+
+def raise_exception(message: str) -> None:
+    """What templates call to refuse a conversation."""
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value: object, ensure_ascii: bool = False, **options: object) -> str:
+    """The filter `tojson`, without jinja2's escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Return the template. Raises jinja2.TemplateError."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[GenerationMarks, jinja2.ext.loopcontrols],
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
+def render(template: jinja2.Template, request: dict) -> dict:
+    """Return the answer to a request. Keys of messages that have no value are left out."""
+    messages = [
+        {key: value for key, value in message.items() if value is not None}
+        for message in request.pop("messages")
+    ]
+    if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (BEGIN, END)):
+        raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters")
+    text = template.render(messages=messages, documents=None, **request)
+    text, marks = find_marks(text)
+    text.encode()  # half a character is an error here
+    return {"text": text, "marks": marks}
+
+
+def main() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks decides
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
+    if sys.platform == "linux":
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    template, seconds = None, 0
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            seconds = request.pop("seconds", seconds)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            if template is None:
+                template = compile_template(request["template"])
+                answer = {}
+            else:
+                answer = render(template, request)
+        except MemoryError:
+            answer = {"error": f"it needs more than {MEMORY >> 20} MB"}
+        except RecursionError:
+            answer = {"error": "it is nested too deep"}
+        except Exception as error:  # a template may raise anything
+            where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+            answer = {"error": f"{where}{error or type(error).__name__}"}
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
