@@ -790,7 +790,7 @@ def test_a_damaged_model_folder_is_one_line(tiny_model, tmp_path, name, content,
         (b'{"text": "a"}\n\xff\n', "train.jsonl, line 2 is not UTF-8"),
         (
             b'{"answer": "a", "id": 1}\n',
-            'line 1 has no text: its keys are "answer", "id"; each line',
+            'line 1 has no text: its keys are "answer", "id"; each',
         ),
         (b'{"messages": [], "id": 1}\n', "line 1 has no messages: its messages is []; each line"),
         (b'{"text": 1}\n', "train.jsonl, line 1 has no text: its text is 1; each line holds one {"),
