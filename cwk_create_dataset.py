@@ -1,10 +1,11 @@
 """Make a data set for lora.py out of the docstrings of installed packages.
 
 python cwk_create_dataset.py
-python cwk_create_dataset.py numpy networkx --data-folder my-data
+python cwk_create_dataset.py numpy networkx --data-folder my-data --format chat
 
 Writes train.jsonl, valid.jsonl and test.jsonl with one record a public object, such as
 {"text": "Q: What is ReLU in mlx?\\nA: mlx.nn.ReLU Applies the Rectified Linear Unit. ..."}
+or, by --format, a prompt and its completion, or a chat.
 """
 
 from parts import python_version  # noqa: F401  before what an older Python lacks
@@ -41,6 +42,7 @@ PACKAGE_SECONDS = 1800  # that the imports of a package may take; to look at the
 GRACE_SECONDS = 30  # after which a process that does not interrupt itself is killed
 LONGEST_LINE = 1 << 20  # bytes of a line that this script may have written
 QUESTION = "Q: What is {name} in {package}?\nA: "
+FORMATS = ("text", "completion", "chat")  # of a record
 
 # -------------------------------------------------------------------------------------------------
 # Splitting and writing
@@ -120,7 +122,31 @@ def split(lines: list[Line], groups: list[int]) -> dict[str, list[Line]]:
     return files
 
 
-def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> None:
+def to_record(question: str, answer: str, form: str) -> dict:
+    """Return a record of lora.py's, in one of FORMATS. question: with its "Q: " and "\\nA: ",
+    which a chat does without.
+    """
+    if form == "chat":
+        asked = question.removeprefix("Q: ").removesuffix("\nA: ")
+        said = {"user": asked, "assistant": answer}
+        return {"messages": [{"role": role, "content": said[role]} for role in said]}
+    if form == "completion":  # words have their spaces before them
+        prompt = question.rstrip(" ")
+        return {"prompt": prompt, "completion": question[len(prompt) :] + answer}
+    return {"text": question + answer}
+
+
+def to_text(record: dict) -> str:
+    """Return the text of a record of `to_record`."""
+    if "messages" in record:
+        question, answer = (message["content"] for message in record["messages"])
+        return f"Q: {question}\nA: {answer}"
+    return record["prompt"] + record["completion"] if "prompt" in record else record["text"]
+
+
+def write_files(
+    files: dict[str, list[Line]], spool: Spool, folder: Path, form: str = "text"
+) -> None:
     """Write each file under another name, and rename all when all are whole."""
     partial_files = {name: folder / f"{name}.partial" for name in files}
     try:
@@ -128,8 +154,8 @@ def write_files(files: dict[str, list[Line]], spool: Spool, folder: Path) -> Non
             with open(partial_files[name], "w", encoding="utf-8") as file:
                 for line in lines:
                     question = QUESTION.format(name=line.name, package=line.package)
-                    text = f"{question}{line.dotted_name} {spool.read(line)}"
-                    file.write(json.dumps({"text": text}) + "\n")
+                    answer = f"{line.dotted_name} {spool.read(line)}"
+                    file.write(json.dumps(to_record(question, answer, form)) + "\n")
         for name in files:
             os.replace(partial_files[name], folder / name)
     finally:
@@ -158,6 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=os.cpu_count(),
         help="packages to read at a time (default: as many as there are cores)",
     )
+    parser.add_argument("--format", choices=FORMATS, default="text", help="what a record is")
     parser.add_argument("--tokenizer", help="a tokenizer.model, to count tokens with")
     parser.add_argument(
         "--overwrite",
@@ -173,6 +200,7 @@ def create_dataset(
     processes: int,
     tokenizer: str | None,
     overwrite: bool = False,
+    form: str = "text",
 ) -> dict[str, str]:
     """Read the packages, clean and split their docstrings, and write the files. Return the
     packages that have no record, and why.
@@ -206,7 +234,7 @@ def create_dataset(
                 f"three files: name installed packages{in_brackets(skipped)}"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        write_files(files, spool, folder)
+        write_files(files, spool, folder, form)
 
     # Say what was skipped, and what the files hold.
     for line in by_reason(skipped):
@@ -254,7 +282,7 @@ def packages_in(path: Path) -> set[str] | None:
     try:
         with open(path, "rb") as file:
             for line in iter(lambda: file.readline(LONGEST_LINE), b""):
-                packages.add(pattern.match(json.loads(line)["text"])[1])
+                packages.add(pattern.match(to_text(json.loads(line)))[1])
     except (ValueError, LookupError, TypeError, AttributeError):
         return None
     return packages
@@ -323,7 +351,7 @@ def summarize(path: Path, count_tokens: Callable[[str], int] | None) -> None:
     n_records = n_tokens = longest = 0
     with open(path, encoding="utf-8") as lines:
         for line in lines:
-            text = json.loads(line)["text"]
+            text = to_text(json.loads(line))
             n_records, longest = n_records + 1, max(longest, len(text))
             n_tokens += count_tokens(text) if count_tokens else 0
     tokens = f", {n_tokens} tokens" if count_tokens else ""
@@ -334,8 +362,9 @@ def run(args: argparse.Namespace) -> None:
     """Make the data set. A package that gave nothing is a failure, after the rest is written."""
     if args.processes < 1:
         build_parser().error("--processes is at least 1")
+    folder, form = Path(args.data_folder), args.format
     empty = create_dataset(
-        args.packages, Path(args.data_folder), args.processes, args.tokenizer, args.overwrite
+        args.packages, folder, args.processes, args.tokenizer, args.overwrite, form
     )
     if empty:
         raise RuntimeError(f"no records of {'; '.join(by_reason(empty))}. The others are there")

@@ -8,13 +8,19 @@ PYTHON=${PYTHON:-python3}
 MODEL=${MODEL:-$here/base-model-mlx}
 ADAPTER=${ADAPTER:-$here/adapters.npz}
 QUESTION=${QUESTION:-What is ReLU in mlx?}
-PROMPT=${PROMPT:-"Q: $QUESTION"$'\n'"A:"}  # as in the records that the adapter was trained on
+FORMAT=${FORMAT:-text}  # of the records that the adapter was trained on: text, completion or chat
+special=""
+if [ "$FORMAT" = chat ]; then  # in ChatML, as run-training.sh trains the base model
+    PROMPT=${PROMPT:-"<|im_start|>user"$'\n'"$QUESTION<|im_end|>"$'\n'"<|im_start|>assistant"$'\n'}
+    special="--special-tokens"
+fi
+PROMPT=${PROMPT:-"Q: $QUESTION"$'\n'"A:"}  # as the records have it
 NUM_TOKENS=${NUM_TOKENS:-256}  # at most; an adapted model stops where its texts do
 TEMP=${TEMP:-0}  # greedy
 
 ask() {
     "$PYTHON" "$here/lora.py" --model "$MODEL" --prompt "$PROMPT" --num-tokens "$NUM_TOKENS" \
-        --temp "$TEMP" "$@"
+        --temp "$TEMP" ${special:+"$special"} "$@"
 }
 
 echo "== The base model"

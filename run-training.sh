@@ -9,7 +9,10 @@ TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama or Mistral
 CONVERT_FLAGS=${CONVERT_FLAGS:-}            # -q: 4 bits a weight, so that training is QLoRA
 MODEL=${MODEL:-${TORCH_PATH%/}-mlx${CONVERT_FLAGS// /}}  # the converted model, made if not there
 PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn
-DATA=${DATA:-$here/${PACKAGES// /-}-doc-data}  # train, valid and test.jsonl, made if not there
+FORMAT=${FORMAT:-text}                      # what a record is: text, completion or chat
+DATA=${DATA:-$here/${PACKAGES// /-}-doc-data$([ "$FORMAT" = text ] || echo "-$FORMAT")}  # train,
+                                            # valid and test.jsonl, made if not there
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-chatml}      # of chats, where the model has none of its own
 ADAPTER=${ADAPTER:-$here/adapters.npz}      # the result
 
 # For a small model and a few minutes on two cores; for 7 B, rather lora.py's own defaults, and 1e-4,
@@ -32,10 +35,18 @@ if [ ! -f "$MODEL/params.json" ]; then
 fi
 if [ ! -f "$DATA/train.jsonl" ]; then
     # shellcheck disable=SC2086  # package names are words
-    "$PYTHON" "$here/cwk_create_dataset.py" $PACKAGES --data-folder "$DATA"
+    "$PYTHON" "$here/cwk_create_dataset.py" $PACKAGES --data-folder "$DATA" --format "$FORMAT"
 fi
 
-lora() { "$PYTHON" "$here/lora.py" --model "$MODEL" --data "$DATA" "$@"; }
+data_flags=""
+if [ "$FORMAT" != text ]; then
+    data_flags="--mask-prompt"  # what is learnt are the answers
+fi
+if [ "$FORMAT" = chat ] && [ ! -f "$MODEL/chat_template.jinja" ]; then
+    data_flags="$data_flags --chat-template $CHAT_TEMPLATE"
+fi
+# shellcheck disable=SC2086  # flags are words
+lora() { "$PYTHON" "$here/lora.py" --model "$MODEL" --data "$DATA" $data_flags "$@"; }
 
 echo "== The base model"
 lora --test --test-batches -1 --no-adapter

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -693,3 +694,24 @@ def test_what_is_no_name_of_a_package_is_said(tmp_path, name):
     process = run(tmp_path, name, "--data-folder", tmp_path / "data")
     assert process.returncode == 2
     assert "it is no name of a package: give the name that an import has" in process.stderr
+
+
+@pytest.mark.parametrize("form", ["completion", "chat"])
+def test_the_formats_hold_the_same_texts_and_may_replace_each_other(mlx_data, tmp_path, form):
+    """They are one script's, of the same packages."""
+    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
+        shutil.copy(mlx_data / name, tmp_path / name)
+    process = run_script(
+        "cwk_create_dataset.py", "mlx", "--data-folder", tmp_path, "--format", form
+    )
+    assert process.returncode == 0, process.stderr
+    for name, texts in read(mlx_data).items():
+        records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        if form == "completion":
+            assert [record["prompt"] + record["completion"] for record in records] == texts
+            assert all(record["prompt"].endswith("\nA:") for record in records)
+        else:
+            said = [[m["content"] for m in record["messages"]] for record in records]
+            assert [f"Q: {question}\nA: {answer}" for question, answer in said] == texts
+            assert {m["role"] for m in records[0]["messages"]} == {"user", "assistant"}
+        assert len(list(lora.Dataset(tmp_path / name))) == len(texts)
