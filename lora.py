@@ -14,6 +14,7 @@ chats. LoRA makes x W of some layers x W + 2 (x A) B: W stays as it is, A and B 
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
 import argparse
+import hashlib
 import itertools
 import math
 import os
@@ -164,7 +165,7 @@ class Dataset:
         check_content(path)
         self._records = Records(path, key)
         self._options = mask_prompt, chat_template
-        self._kept = range(len(self._records))  # all but those of which nothing counts
+        self._kept = np.arange(len(self._records))  # all but those of which nothing counts
         self._encoded: tuple[Tokenizer, TokenRows] | None = None
 
     def __getitem__(self, index: int) -> Record:
@@ -185,7 +186,7 @@ class Dataset:
         and for one that leaves nothing to predict.
         """
         if self._encoded is None or self._encoded[0] is not tokenizer:
-            self._kept = range(len(self._records))
+            self._kept = np.arange(len(self._records))
             self._keep(tokenizer, encode_records(self._records, tokenizer, *self._options))
         return self._encoded[1]
 
@@ -195,10 +196,17 @@ class Dataset:
         self._keep(tokenizer, rows.truncated(max_length))
         return int((rows.lengths > max_length).sum())
 
+    def digest(self) -> str:
+        """Return a digest of all records, which ranks compare."""
+        sha = hashlib.sha256()
+        for record in self:
+            sha.update(repr(record).encode())
+        return sha.hexdigest()
+
     def left_out(self) -> list[str]:
         """Return where each record stands of which nothing counts, as far as is known."""
-        kept = set(self._kept)
-        return [self._records.place(i) for i in range(len(self._records)) if i not in kept]
+        every = np.arange(len(self._records))
+        return [self._records.place(i) for i in np.setdiff1d(every, self._kept)]
 
     def _keep(self, tokenizer: Tokenizer, rows: TokenRows) -> None:
         which = rows.where_counting()
@@ -207,7 +215,7 @@ class Dataset:
                 f"{self._records.path}: nothing counts in any record, see --mask-prompt and "
                 "--max-seq-length"
             )
-        self._kept = [self._kept[i] for i in which]
+        self._kept = self._kept[which]
         self._encoded = tokenizer, rows.chosen(which)
 
 
@@ -274,7 +282,7 @@ def iterate_batches(
     records in each epoch. The first `skip` batches are left out.
     """
     rows = dset.encode(tokenizer)
-    padded = bucket_lengths(rows)
+    padded = bucket_lengths(rows.lengths)
     batch_size = min(batch_size, len(rows))
     epochs_done, skip = divmod(skip, len(rows) // batch_size) if train else (0, skip)
     for epoch in itertools.count(epochs_done):
@@ -284,7 +292,7 @@ def iterate_batches(
         if train:
             order = order[: len(rows) - len(rows) % batch_size]
         # Make batches of records of similar length, and put the batches in random order.
-        order = sorted(order, key=lambda i: padded[i])
+        order = order[np.argsort(padded[order], kind="stable")]
         starts = rng.permutation(np.arange(0, len(order), batch_size))
         for start in starts[skip if epoch == epochs_done else 0 :]:
             chosen = order[start : start + batch_size]
@@ -614,7 +622,7 @@ def prepare(
         if args.prompt is not None and not prepared[-1].encode(args.prompt):
             raise ValueError("--prompt is empty, and no token begins this model's texts: give some")
         if ranks.size > 1:
-            inputs = input_digests(args, [list(dset) for dset in sets if dset is not None])
+            inputs = input_digests(args, [dset and dset.digest() for dset in sets])
     except USER_ERRORS as error:
         if ranks.size == 1:
             raise

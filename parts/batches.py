@@ -9,18 +9,20 @@ import mlx.core as mx
 PADDING = 0.045  # the share of a batch's length by which the next shorter one is shorter, at least
 
 
-def bucket_lengths(rows: list[np.ndarray]) -> list[int]:
-    """Return the positions that each row's inputs are padded to: one of few lengths, since a GPU
-    prepares itself for each again, and yet with little padding.
+def bucket_lengths(lengths: np.ndarray) -> np.ndarray:
+    """Return the positions (n,) that each row's inputs are padded to: one of few lengths, since a
+    GPU prepares itself for each again, and yet with little padding.
+
+    lengths: of the rows, in tokens (n,).
     """
-    lengths = [len(row) - 1 for row in rows]
-    padded, current = {}, None
-    for length in sorted(set(lengths), reverse=True):
-        multiple = -(-length // 8) * 8
+    found, which = np.unique(lengths - 1, return_inverse=True)  # ascending
+    padded, current = np.zeros_like(found), None
+    for i in reversed(range(len(found))):
+        multiple = -(-int(found[i]) // 8) * 8
         if current is None or multiple <= (1 - PADDING) * current:
             current = multiple
-        padded[length] = current
-    return [padded[length] for length in lengths]
+        padded[i] = current
+    return padded[which]
 
 
 def pad_batch(rows: list[np.ndarray], length: int, masked: bool = False) -> tuple[mx.array, ...]:

@@ -316,11 +316,11 @@ def on_each_stream(
     return results
 
 
-def input_digests(args: argparse.Namespace, texts: list[list[str]]) -> dict[str, str]:
+def input_digests(args: argparse.Namespace, data: list[str | None]) -> dict[str, str]:
     """Return a digest of the data, of the model and of each flag, and whether this run resumes
     another, for `Ranks.check_same`. Only paths may differ among ranks. Raises OSError.
 
-    texts: of each data set.
+    data: digests of each data set.
     """
     folder = Path(args.model)
     beside = [folder / name for name in ("params.json", *tokenizers.FILES, *tokenizers.BESIDE)]
@@ -332,6 +332,6 @@ def input_digests(args: argparse.Namespace, texts: list[list[str]]) -> dict[str,
         if name not in ("data", "model", "adapter_file", "resume_adapter_file")
     }
     inputs["--resume-adapter-file"] = str(args.resume_adapter_file is not None)
-    inputs["the data"] = digest(repr(texts).encode())
+    inputs["the data"] = digest(repr(data).encode())
     inputs["the model"] = digest(b"".join([checksums(folder / "weights.npz"), *files]))
     return inputs
