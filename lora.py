@@ -164,6 +164,8 @@ class Dataset:
             )
         check_content(path)
         self._records = Records(path, key)
+        if mask_prompt and self._records.kind == "text":
+            raise ValueError(f"--mask-prompt is for prompts or chats, and {path} holds texts")
         self._options = mask_prompt, chat_template
         self._kept = np.arange(len(self._records))  # all but those of which nothing counts
         self._encoded: tuple[Tokenizer, TokenRows] | None = None

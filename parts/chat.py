@@ -200,14 +200,14 @@ def answer_spans(template: ChatTemplate, chat: Chat, ends: frozenset[str]) -> tu
     for i, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        before = template.render(chat._replace(messages=chat.messages[:i]), True).text if i else ""
+        before = rendered_before(template, chat, i)
         after = template.render(chat._replace(messages=chat.messages[: i + 1])).text
         last = content_of(chat.messages[i - 1]) if i else ""
-        start = find_end(text, before, last, position)
-        begin = find_end(after, before, last, 0)
-        end = begin is not None and start is not None
-        end = end and find_answer(text[start:], after[begin:], content_of(message))
-        if not end:
+        start, begin = find_end(text, before, last, position), find_end(after, before, last, 0)
+        end = None
+        if start is not None and begin is not None:
+            end = find_answer(text[start:], after[begin:], content_of(message))
+        if end is None:
             raise ValueError(
                 f"{template.name} does not show which tokens are the assistant's in message {i + 1}"
                 ": give it {% generation %} marks, or leave --mask-prompt out"
@@ -220,6 +220,18 @@ def answer_spans(template: ChatTemplate, chat: Chat, ends: frozenset[str]) -> tu
     return text, spans
 
 
+def rendered_before(template: ChatTemplate, chat: Chat, i: int) -> str | None:
+    """Return the text of what stands before message `i`, up to where the assistant begins; None
+    where the template makes none of no messages.
+    """
+    try:
+        return template.render(chat._replace(messages=chat.messages[:i]), True).text
+    except ValueError:
+        if i:
+            raise
+        return None
+
+
 def content_of(message: dict) -> str:
     """Return what any template shows of a message's content: without the thoughts before it, and
     white space around it.
@@ -230,13 +242,15 @@ def content_of(message: dict) -> str:
     return content.rpartition("</think>")[2].strip()
 
 
-def find_end(text: str, before: str, last: str, position: int) -> int | None:
+def find_end(text: str, before: str | None, last: str, position: int) -> int | None:
     """Return where in `text`, from `position` on, the messages end of which `before` is the text;
     None where they are not to be found.
 
     last: the content of the last of them. Templates may move what comes before it, such as tools,
     to another message; it and what follows it stay together.
     """
+    if before is None:
+        return None
     if text.startswith(before):
         return len(before)
     at = before.rfind(last) if last else -1

@@ -180,6 +180,14 @@ def test_an_ambiguous_template_is_refused_with_the_line(folder, tmp_path):
         encoded(folder, tmp_path, joined, said("zz", "bb"))
 
 
+@pytest.mark.parametrize("name", ["QWEN25", "SMOLLM2", "LLAMA3", "MISTRAL_V3"])
+def test_an_answer_before_any_question_is_not_guessed(folder, tmp_path, name):
+    """Its header would be taken for a part of it."""
+    messages = [{"role": "assistant", "content": "Hello."}, *ONE]
+    with pytest.raises(ValueError, match=r"line 1: .* does not show .* in message 1: give it"):
+        encoded(folder, tmp_path, getattr(chat_templates, name), messages)
+
+
 BAD = {
     "insides": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "attribute '__class__' of 'str'"),
     "files": ("{{ cycler.__init__.__globals__.os.system('true') }}", "unsafe"),

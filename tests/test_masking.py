@@ -153,6 +153,13 @@ def test_what_does_not_count_is_left_out_with_a_warning(tiny_model, tmp_path):
                         process.stderr.splitlines(True)[-1])  # fmt: skip
 
 
+def test_texts_have_no_prompts_to_mask(tiny_model, data, tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+    process = train(tiny_model, tmp_path, tmp_path / "a.npz")
+    assert process.returncode == 2
+    assert re.search(r"--mask-prompt is for prompts or chats, and \S+ holds texts", process.stderr)
+
+
 def test_patience_wants_a_validation_set(tiny_model, data, tmp_path):
     shutil.copy(data / "train.jsonl", tmp_path)
     process = train(tiny_model, tmp_path, tmp_path / "a.npz", "--patience", 2)
