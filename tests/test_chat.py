@@ -2,12 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 
 import chat_templates
 import numpy as np
 import pytest
 import tokenizers
+from conftest import MISTRAL_TOKENIZER
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from parts import chat
@@ -143,6 +147,28 @@ def counting(theirs, text, spans) -> list[bool]:
     """Which tokens hold a character of a span, by the offsets of Hugging Face's tokenizer."""
     offsets = theirs(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     return [any(a < end and start < b for start, end in spans) for a, b in offsets]
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("tokenizer.model.v1", chat.BUILT_IN["mistral"]),
+        ("mistral_instruct_tokenizer_240216.model.v2", chat.BUILT_IN["mistral"]),
+        ("mistral_instruct_tokenizer_240323.model.v3", chat_templates.MISTRAL_V3),
+    ],
+)
+def test_ids_of_mistrals_tokenizers_are_those_of_mistral_common(tmp_path, name, template):
+    """Which knows of no templates."""
+    shutil.copy(MISTRAL_TOKENIZER.parent / name, tmp_path / "tokenizer.model")
+    tokenizer = Tokenizer(tmp_path / "tokenizer.model")
+    theirs = MistralTokenizer.from_file(str(MISTRAL_TOKENIZER.parent / name))
+    messages = said("hi 😀 there", "yo  Ärger\n\nb", "more", "no")
+    ours = ChatTemplate(template, name, "<s>", "</s>")
+    for n in (1, 3):
+        text = ours.render(Chat(messages[:n], None), True).text
+        ids = tokenizer.encode(text, bos=False, special_tokens=True)
+        request = ChatCompletionRequest(messages=messages[:n])
+        assert ids == theirs.encode_chat_completion(request).tokens
 
 
 @pytest.mark.parametrize("name", chat.BUILT_IN)
