@@ -88,7 +88,7 @@ class ChatTemplate:
     """A chat template, in the Jinja that transformers reads. `name` is what errors call it.
 
     bos_token, eos_token: the texts of the tokens that begin and end one. seconds: of a processor
-    for one chat. Raises ValueError where it is no template, and ModuleNotFoundError.
+    for one chat. Raises ValueError where it is no template, or jinja2 is missing.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class ChatTemplate:
             problem, status = self._process.stderr.read(), self._process.wait()
             self.close()
             if "No module named 'jinja2'" in problem:
-                raise ModuleNotFoundError("chats need jinja2: pip install jinja2")
+                raise ValueError("chats need jinja2: pip install jinja2")
             last = (problem.strip().splitlines() or [f"its process ended with {status}"])[-1]
             if status == -signal.SIGPROF:
                 last = f"it takes more than {self._seconds:g} s, or never ends"

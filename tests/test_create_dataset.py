@@ -696,22 +696,32 @@ def test_what_is_no_name_of_a_package_is_said(tmp_path, name):
     assert "it is no name of a package: give the name that an import has" in process.stderr
 
 
-@pytest.mark.parametrize("form", ["completion", "chat"])
-def test_the_formats_hold_the_same_texts_and_may_replace_each_other(mlx_data, tmp_path, form):
-    """They are one script's, of the same packages."""
-    for name in ("train.jsonl", "valid.jsonl", "test.jsonl"):
+def test_chats_hold_the_same_texts_and_may_replace_them(mlx_data, tmp_path):
+    """They are this script's, of the same package."""
+    for name in dataset.DATASET:
         shutil.copy(mlx_data / name, tmp_path / name)
     process = run_script(
-        "cwk_create_dataset.py", "mlx", "--data-folder", tmp_path, "--format", form
+        "cwk_create_dataset.py", "mlx", "--data-folder", tmp_path, "--format", "chat"
     )
     assert process.returncode == 0, process.stderr
+    assert process.stdout.count(", the longest ") == 3
     for name, texts in read(mlx_data).items():
         records = [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-        if form == "completion":
-            assert [record["prompt"] + record["completion"] for record in records] == texts
-            assert all(record["prompt"].endswith("\nA:") for record in records)
-        else:
-            said = [[m["content"] for m in record["messages"]] for record in records]
-            assert [f"Q: {question}\nA: {answer}" for question, answer in said] == texts
-            assert {m["role"] for m in records[0]["messages"]} == {"user", "assistant"}
+        roles, said = zip(
+            *(zip(*(message.values() for message in r["messages"]), strict=True) for r in records),
+            strict=True,
+        )
+        assert set(roles) == {("user", "assistant")}
+        assert [f"Q: {question}\nA: {answer}" for question, answer in said] == texts
         assert len(list(lora.Dataset(tmp_path / name))) == len(texts)
+
+
+@pytest.mark.parametrize("form", dataset.FORMATS)
+def test_a_record_of_each_format_has_the_text_of_the_others(tmp_path, form):
+    question, answer = "Q: What is a in b?\nA: ", "b.a  Does\nA: it. "
+    record = dataset.to_record(question, answer, form)
+    assert dataset.to_text(record) == question + answer
+    (tmp_path / "train.jsonl").write_text(json.dumps(record))
+    assert dataset.packages_in(tmp_path / "train.jsonl") == {"b"}
+    if form == "completion":
+        assert record == {"prompt": "Q: What is a in b?\nA:", "completion": " " + answer}

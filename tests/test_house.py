@@ -12,7 +12,8 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 PARTS = sorted(ROOT.glob("parts/*.py"))
 MODULES = [*SCRIPTS, *PARTS, *sorted(ROOT.glob("base-model/*.py"))]
 WITHOUT_MLX = (
-    *("cli", "files", "records", "source_checkpoints", "hugging_face"),
+    *("cli", "files", "records", "chat", "chat_renderer", "token_rows"),
+    *("source_checkpoints", "hugging_face"),
     *("tokenizers", "source_tokenizers", "byte_level_bpe"),
 )
 ASK_FOR_THE_DEVICE = r"device|ops.*|merged_linear|decoder.*"
