@@ -95,7 +95,6 @@ class ChatTemplate:
         self, source: str, name: str, bos_token: str, eos_token: str, seconds: float = SECONDS
     ):
         self.name, self._seconds, self._process = name, seconds, None
-        self._source = source
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._ask({"template": source, "seconds": seconds})
         self.has_marks = "endgeneration" in source
