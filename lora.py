@@ -1,4 +1,4 @@
-"""Teach a Llama or Mistral model your own texts with LoRA or QLoRA, test it, and generate.
+"""Teach a Llama, Mistral or Qwen model your own texts with LoRA or QLoRA, test it, and generate.
 
 python lora.py --model mlx_model --data mlx-doc-data --train --iters 600
 python lora.py --model mlx_model --data mlx-doc-data --test

@@ -5,7 +5,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" > /dev/null && pwd)
 
 PYTHON=${PYTHON:-python3}
-TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama or Mistral download
+TORCH_PATH=${TORCH_PATH:-$here/base-model}  # the checkpoint: a Llama, Mistral or Qwen
 CONVERT_FLAGS=${CONVERT_FLAGS:-}            # -q: 4 bits a weight, so that training is QLoRA
 MODEL=${MODEL:-${TORCH_PATH%/}-mlx${CONVERT_FLAGS// /}}  # the converted model, made if not there
 PACKAGES=${PACKAGES:-mlx}                   # whose docstrings to learn
