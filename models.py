@@ -252,11 +252,7 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """(B, L, D) to (B, L, D)."""
-        return self.w2(self.hidden(x))
-
-    def hidden(self, x: mx.array) -> mx.array:
-        """(B, L, D) to (B, L, hidden_dim)."""
-        return ops.swiglu(self.w1(x), self.w3(x))
+        return self.w2(ops.swiglu(self.w1(x), self.w3(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -268,7 +264,6 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(args)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
-        self.recomputes_feed_forward = False  # in the backward pass, to save memory
 
     def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
         """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
@@ -278,21 +273,13 @@ class TransformerBlock(nn.Module):
             return x + self.feed_forward(self.ffn_norm(x)), cache
         x, *heads = ops.recomputed(self, self.before_attention)(x)
         attended, cache = self.attention.attend(*heads)
-        before_w2 = self.before_w2
-        if self.recomputes_feed_forward:
-            before_w2 = ops.recomputed(self, before_w2)
-        x, hidden = before_w2(x + attended)
-        return x + self.feed_forward.w2(hidden), cache
+        x, normed = self.ffn_norm.with_residual(x + attended)
+        return x + self.feed_forward(normed), cache
 
     def before_attention(self, x: mx.array) -> tuple[mx.array, ...]:
         """x, and its queries, keys and values."""
         x, normed = self.attention_norm.with_residual(x)
         return x, *self.attention.project(normed)
-
-    def before_w2(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        """x, and the hidden units of its feed-forward network."""
-        x, normed = self.ffn_norm.with_residual(x)
-        return x, self.feed_forward.hidden(normed)
 
 
 class Model(nn.Module):

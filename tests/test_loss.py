@@ -250,9 +250,7 @@ def test_a_stream_without_targets_that_count_does_not_move_a_step(model):
 # What is computed again
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_what_is_computed_again_does_not_change_loss_or_gradients(again, model, monkeypatch):
-    monkeypatch.setattr(model.layers[1], "recomputes_feed_forward", again)
+def test_what_is_computed_again_does_not_change_loss_or_gradients(model, monkeypatch):
     batch = random_batch()
     results = []
     for on_cpu in (True, False):
