@@ -31,12 +31,14 @@ import torch
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts import adapter_export, adapters, cli, export_gguf, export_hugging_face, model_folder
+from parts import adapter_export, adapters, cli, export_gguf, export_hugging_face, flags
+from parts import model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
 from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes, write_npz
 from parts.staging import check_folder, staged_folder
 from parts.tokenizer_export import begin_and_ends
+from parts.tokenizers import Tokenizer
 
 from mlx.utils import tree_flatten
 
@@ -82,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a quantized model, merge into the bits that it has; hf is for mlx-lm alone then",
     )
     add("--data", help="folder whose test.jsonl tells what merging costs: the test perplexity")
+    flags.add_chat_template(add)
     return parser
 
 
@@ -99,6 +102,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--keep-quantized goes with --format hf or mlx, and without --dtype")
     if args.no_adapter and args.data is not None:
         raise ValueError("--data tells what merging an adapter costs: leave out --no-adapter")
+    if args.chat_template is not None and args.data is None:
+        raise ValueError("--chat-template is for the chats of --data, which is not given")
     if not args.no_adapter and not Path(args.adapter_file).exists():
         raise FileNotFoundError(
             f"there is no adapter file {args.adapter_file}{did_you_mean(args.adapter_file)}: make "
@@ -126,18 +131,19 @@ def check_arguments(args: argparse.Namespace) -> None:
 # The model, and what is merged into it
 
 
-def open_model(folder: Path) -> tuple[Model, dict[str, Weight]]:
-    """Return the model of convert.py's folder, none of its parameters computed, and its weights.
+def open_model(folder: Path) -> tuple[Model, Tokenizer, dict[str, Weight]]:
+    """Return the model of convert.py's folder, none of its parameters computed, its tokenizer, and
+    its weights.
 
     Raises FileNotFoundError or ValueError when a file is missing or malformed, or they do not fit.
     """
-    model, _ = model_folder.open_empty(folder, Model, ModelArgs, quantizable)
+    model, tokenizer = model_folder.open_empty(folder, Model, ModelArgs, quantizable)
     weights = open_weights(folder / "weights.npz", model.args.head_dim)
     shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
     for name in sorted(shapes.keys() | weights.keys()):
         if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
             raise ValueError(f"{folder / 'weights.npz'}: {name} does not go with params.json")
-    return model, weights
+    return model, tokenizer, weights
 
 
 def read_updates(model: Model, path: str) -> dict[str, Update]:
@@ -217,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
         args.save_path = DEFAULT_PATHS.get(args.format, "fused")
     check_arguments(args)
     torch.set_num_threads(1)  # its idle threads would take the time of the one that reads
-    model, weights = open_model(Path(args.model))
+    model, tokenizer, weights = open_model(Path(args.model))
     if args.format in adapter_export.FORMATS:
         export_adapter(model, args)
         print(f"Wrote {args.save_path}: {adapters.describe_lora(model)}", flush=True)
@@ -228,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--keep-quantized: {args.model} is not quantized")
     if not args.keep_quantized:
         params.pop("quantization", None)
-    test_set = None if args.data is None else lora.Dataset(Path(args.data) / "test.jsonl")
+    test_set = open_test_set(args, tokenizer)
     updates = {} if args.no_adapter else read_updates(model, args.adapter_file)
     fused = fuse(weights, updates, quantization, args.keep_quantized)
     export(fused, params, model, args)
@@ -237,15 +243,30 @@ def run(args: argparse.Namespace) -> None:
     size = sum(path.stat().st_size for path in files if path.is_file())
     print(f"Wrote {args.save_path}, {size / 1e6:.0f} MB", flush=True)
     if test_set is not None:
-        before, after = compare(fused, updates, test_set, args)
+        before, after = compare(fused, updates, test_set, tokenizer, args)
         print(f"Test ppl {before:.3f} with the adapter, {after:.3f} merged.")
 
 
+def open_test_set(args: argparse.Namespace, tokenizer: Tokenizer) -> "lora.Dataset | None":
+    """Return the test set of `args.data`, encoded, so that its mistakes are found before anything
+    is written; None without it.
+    """
+    if args.data is None:
+        return None
+    test_set = lora.Dataset(Path(args.data) / "test.jsonl", chat_template=args.chat_template)
+    test_set.encode(tokenizer)
+    return test_set
+
+
 def compare(
-    fused: list[Weight], updates: dict[str, Update], test_set: "lora.Dataset", args
+    fused: list[Weight],
+    updates: dict[str, Update],
+    test_set: "lora.Dataset",
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
 ) -> tuple[float, float]:
     """Return the test perplexity of the model with its adapter beside it, and of it merged."""
-    model, tokenizer = lora.load_model(args.model)
+    model, _ = lora.load_model(args.model)
     lora.load_adapter(model, args.adapter_file)
     defaults = lora.build_parser().parse_args([])
     test_set.truncate(tokenizer, defaults.max_seq_length)

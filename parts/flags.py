@@ -87,6 +87,11 @@ def add_data_flags(add: Callable) -> None:
         action="store_true",
         help="the loss counts completions, and of chats the assistant's answers, alone",
     )
+    add_chat_template(add)
+
+
+def add_chat_template(add: Callable) -> None:
+    """Add the flag of the chat template. add: `add_argument` of its group."""
     add(
         "--chat-template",
         metavar="TEMPLATE",

@@ -316,7 +316,7 @@ def test_q8_0_holds_each_weight_within_half_a_step(plain, tmp_path):
 def test_memory_does_not_grow_with_the_model(plain, tmp_path, monkeypatch):
     """With blocks of 4,096 values, the merging of 64,000 and more holds a few of them."""
     monkeypatch.setattr(fusing, "BLOCK", 2**12)
-    model, weights = fuse.open_model(plain.folder)
+    model, _, weights = fuse.open_model(plain.folder)
     updates = fuse.read_updates(model, plain.adapter)
     fused = fusing.fuse(weights, updates, None)
     largest = 0
@@ -423,11 +423,27 @@ def error_of(process, status: int = 2) -> str:
         (["--keep-quantized", "--format", "gguf"], "goes with --format hf or mlx"),
         (["--no-adapter", "--data", "."], "leave out --no-adapter"),
         (["--data", "nowhere"], "nowhere/test.jsonl is missing"),
+        (["--chat-template", "chatml"], "is for the chats of --data"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(plain, tmp_path, flags, says):
     assert says in error_of(run(plain, tmp_path / "out", *flags))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_chats_without_a_template_are_refused_before_anything_is_written(plain, tmp_path):
+    turns = [("user", "What is ReLU?"), ("assistant", "A function.")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    (tmp_path / "test.jsonl").write_text(json.dumps(chat) + "\n")
+    folder = shutil.copytree(plain.folder, tmp_path / "m")
+    (folder / "chat_template.jinja").unlink()
+    case, flags = plain._replace(folder=folder), ["--format", "mlx", "--data", tmp_path]
+    says = error_of(run(case, tmp_path / "out", *flags))
+    assert "has no chat_template.jinja, which chats need: give --chat-template" in says
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "test.jsonl"]
+    process = run(case, tmp_path / "out", *flags, "--chat-template", "chatml")
+    assert process.returncode == 0, process.stderr
+    assert "with the adapter" in process.stdout
 
 
 def test_what_does_not_fit_is_named(plain, tmp_path):
