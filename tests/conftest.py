@@ -5,10 +5,14 @@ import inspect
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mistral_common
@@ -183,3 +187,46 @@ def data(tmp_path_factory, docstrings) -> Path:
     write_jsonl(folder / "valid.jsonl", docstrings[24:31])
     write_jsonl(folder / "test.jsonl", docstrings[31:38])
     return folder
+
+
+# For each line that it reads, runs a script in a process of its own, with all loaded once.
+IN_FORKS = """
+import importlib, os, sys
+script = importlib.import_module(sys.argv[1])
+del sys.argv[1]
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        sys.stdout = sys.stderr
+        script.main()
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@contextmanager
+def script_in_forks(script: str, *args) -> Iterator[Callable[..., float]]:
+    """Yield `run_once(kill_after=60)`, which runs a script, such as "convert", with these
+    arguments, kills it after so many seconds, and returns the seconds that it took.
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", IN_FORKS, script, *map(str, args)],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+    ) as forks:
+
+        def run_once(kill_after: float = 60) -> float:
+            forks.stdin.write(b"\n")
+            child, start = int(forks.stdout.readline()), time.monotonic()
+            if not select.select([forks.stdout], [], [], kill_after)[0]:
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(child, signal.SIGKILL)
+            assert int(forks.stdout.readline()) in (0, signal.SIGKILL)
+            return time.monotonic() - start
+
+        yield run_once
+        forks.stdin.close()

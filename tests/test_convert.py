@@ -1,11 +1,9 @@
 """convert.py on small checkpoints in every layout, whole and damaged."""
 
 import argparse
-import contextlib
 import fcntl
 import json
 import os
-import select
 import shutil
 import signal
 import subprocess
@@ -19,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, call_script, run_script
+from conftest import MISTRAL_TOKENIZER, ROOT, TINY, call_script, script_in_forks, run_script
 
 import convert
 import lora
@@ -549,20 +547,6 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-# For each line that it reads, converts in a process of its own, with torch loaded once for all.
-CONVERT_IN_FORKS = """
-import os, sys, convert
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        sys.stdout = sys.stderr
-        convert.main()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
 @pytest.mark.parametrize("existing", [False, True])
 def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
     """Ten kills at random moments: over a model that is there, and where none is."""
@@ -570,25 +554,8 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
     assert run(checkpoint, tmp_path / "new").returncode == 0
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
     target = tmp_path / "target"
-    with subprocess.Popen(
-        [sys.executable, "-c", CONVERT_IN_FORKS, "--torch-path", checkpoint, "--mlx-path", target],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-    ) as forks:
-
-        def convert_once(kill_after: float = 60) -> float:
-            """The seconds of a conversion, which is killed after so many."""
-            forks.stdin.write(b"\n")
-            child, start = int(forks.stdout.readline()), time.monotonic()
-            if not select.select([forks.stdout], [], [], kill_after)[0]:
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child, signal.SIGKILL)
-            assert int(forks.stdout.readline()) in (0, signal.SIGKILL)
-            return time.monotonic() - start
-
+    flags = "--torch-path", checkpoint, "--mlx-path", target
+    with script_in_forks("convert", *flags) as convert_once:
         seconds = convert_once()
         assert contents(target) == new
         rng = np.random.default_rng(existing)
@@ -599,7 +566,6 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
             convert_once(moment)
             if existing or target.exists():
                 assert contents(target) in (old, new)
-        forks.stdin.close()
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
     assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -409,6 +409,12 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     assert "decoder_layer" not in emulated_cuda
 
 
+def gradients_of(model: Model, tokens: mx.array, lengths: mx.array) -> mx.array:
+    """The gradients of the model's loss, as one vector."""
+    _, tree = nn.value_and_grad(model, lora.loss)(model, tokens[:, :-1], tokens[:, 1:], lengths)
+    return to_vector(tree)
+
+
 @pytest.mark.parametrize(("checkpoint", "family"), [(False, "llama"), (True, "qwen3")])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 3e-2)]
@@ -425,11 +431,7 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     norm = model.layers[1].ffn_norm
     norm.weight = mx.random.uniform(0.5, 1.5, norm.weight.shape)
 
-    def gradients() -> mx.array:
-        compute = nn.value_and_grad(model, lora.loss)
-        _, tree = compute(model, tokens[:, :-1], tokens[:, 1:], lengths)
-        return to_vector(tree)
-
+    gradients = partial(gradients_of, model, tokens, lengths)
     with monkeypatch.context() as plain:
         plain.setattr(ops_cuda, "has_kernels", lambda x: False)
         expected = gradients()
@@ -538,11 +540,7 @@ def test_on_a_gpu_a_training_step_has_the_gradients_of_the_plain_network(
         layer.unfreeze(keys=["lora_a", "lora_b"], strict=False)
     tokens, lengths = mx.random.randint(0, 50, (3, 121)), mx.array([120, 77, 99])
 
-    def gradients() -> mx.array:
-        compute = nn.value_and_grad(model, lora.loss)
-        _, tree = compute(model, tokens[:, :-1], tokens[:, 1:], lengths)
-        return to_vector(tree)
-
+    gradients = partial(gradients_of, model, tokens, lengths)
     with monkeypatch.context() as plain:
         plain.setattr(ops_cuda, "has_kernels", lambda x: False)
         expected = gradients()

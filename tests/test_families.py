@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import ROOT, SLOWNESS, call_script, write_model
-from test_models import HF_NAMES, add_lora_to_both, go_as_on_a_gpu, half_split, loss_of_theirs
+from test_models import add_lora_to_both, go_as_on_a_gpu, loss_of_theirs, reference
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from parts import decoder, kv_cache
@@ -103,62 +103,9 @@ def our_args(family: Family) -> ModelArgs:
     )
 
 
-def their_config(args: ModelArgs) -> transformers.PreTrainedConfig:
-    return transformers.AutoConfig.for_model(
-        args.model_type,
-        hidden_size=args.dim,
-        num_hidden_layers=args.n_layers,
-        num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_kv_heads,
-        head_dim=args.head_dim,
-        intermediate_size=args.hidden_dim,
-        rms_norm_eps=args.norm_eps,
-        vocab_size=args.vocab_size,
-        rope_parameters={
-            **(args.rope_scaling or {"rope_type": "default"}),
-            "rope_theta": args.rope_theta,
-        },
-        max_position_embeddings=args.max_position_embeddings,
-        sliding_window=args.sliding_window,
-        tie_word_embeddings=args.tie_word_embeddings,
-        attn_implementation="eager",
-    )
-
-
-def pair_of_models(family: Family) -> tuple[transformers.PreTrainedModel, Model]:
-    """transformers' model with random weights, norms and biases, and ours with the same ones."""
-    args = our_args(family)
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(their_config(args)).eval()
-    heads = {"wq": args.n_heads, "wk": args.n_kv_heads, "q_norm": 1, "k_norm": 1}
-    weights = {}
-
-    def fill(our_name: str, module: torch.nn.Module) -> None:
-        n_heads = heads.get(our_name.split(".")[-1])
-        for kind, parameter in module.named_parameters():
-            value = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.08)
-            value = value + (1 if kind == "weight" and parameter.ndim == 1 else 0)
-            weights[f"{our_name}.{kind}"] = mx.array(value.numpy())
-            parameter.data.copy_(half_split(value, n_heads) if n_heads else value)
-
-    fill("tok_embeddings", theirs.model.embed_tokens)
-    fill("norm", theirs.model.norm)
-    if not family.tied:
-        fill("output", theirs.lm_head)
-    names = dict(HF_NAMES)
-    if args.qk_norm:
-        names.update({f"attention.{name}": f"self_attn.{name}" for name in ("q_norm", "k_norm")})
-    for i, layer in enumerate(theirs.model.layers):
-        for ours, name in names.items():
-            fill(f"layers.{i}.{ours}", layer.get_submodule(name))
-    model = Model(args)
-    model.load_weights(list(weights.items()))
-    return theirs, model
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request) -> tuple[transformers.PreTrainedModel, Model]:
-    return pair_of_models(FAMILIES[request.param])
+    return reference(our_args(FAMILIES[request.param]))
 
 
 # More than the context before scaling, and than several windows.
@@ -206,7 +153,7 @@ def test_greedy_text_is_that_of_transformers(pair):
     "name", [*ONE_OF_EACH_KIND, "Llama 3.2 1B", "Mistral Nemo", "Qwen 2.5 7B with YaRN"]
 )
 def test_lora_gradients_equal_torch_autograd(name):
-    theirs, ours = pair_of_models(FAMILIES[name])
+    theirs, ours = reference(our_args(FAMILIES[name]))
     leaves = add_lora_to_both(ours.args, theirs, ours)
     tokens, lengths = TOKENS[:, :100], [99, 40]
     expected = loss_of_theirs(theirs, tokens, lengths)

@@ -1,17 +1,11 @@
 """fuse.py: what it writes, against transformers, mlx-lm, llama.cpp's own reader, and lora.py."""
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import resource
-import select
 import shutil
 import signal
-import subprocess
-import sys
-import time
 import tracemalloc
 from argparse import Namespace
 from itertools import islice
@@ -25,7 +19,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import QUICK, ROOT, call_script, write_quick_tokenizer
+from conftest import QUICK, call_script, script_in_forks, write_quick_tokenizer
 from mlx_lm.generate import generate_step as mlx_generate_step
 from test_families import FAMILIES, our_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -506,43 +500,11 @@ def test_an_export_takes_the_place_of_an_older_one(plain, tmp_path, monkeypatch)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "m.gguf", "new"]
 
 
-# For each line that it reads, exports in a process of its own, with all loaded once.
-FUSE_IN_FORKS = """
-import os, sys, fuse
-for _ in sys.stdin:
-    child = os.fork()
-    if not child:
-        sys.stdout = sys.stderr
-        fuse.main()
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
 def test_kills_leave_a_whole_folder_or_none(plain, tmp_path):
     """Six kills at random moments, and then an export that is not killed."""
     target = tmp_path / "hf"
     flags = ["--model", plain.folder, "--adapter-file", plain.adapter, "--save-path", target]
-    with subprocess.Popen(
-        [sys.executable, "-c", FUSE_IN_FORKS, *map(str, flags)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        bufsize=0,
-    ) as forks:
-
-        def export_once(kill_after: float = 60) -> float:
-            """The seconds of an export, which is killed after so many."""
-            forks.stdin.write(b"\n")
-            child, start = int(forks.stdout.readline()), time.monotonic()
-            if not select.select([forks.stdout], [], [], kill_after)[0]:
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    os.kill(child, signal.SIGKILL)
-            assert int(forks.stdout.readline()) in (0, signal.SIGKILL)
-            return time.monotonic() - start
-
+    with script_in_forks("fuse", *flags) as export_once:
         seconds = export_once()
         whole = contents(target)
         for moment in np.random.default_rng(0).uniform(0, 1.1, 6) * seconds:
@@ -550,7 +512,6 @@ def test_kills_leave_a_whole_folder_or_none(plain, tmp_path):
             export_once(moment)
             assert not target.exists() or contents(target) == whole
         export_once()
-        forks.stdin.close()
     assert contents(target) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 

@@ -40,10 +40,9 @@ def half_split(rows: torch.Tensor, n_heads: int) -> torch.Tensor:
     return pairs.transpose(1, 2).reshape(rows.shape)
 
 
-def reference(args: ModelArgs, seed: int = 0) -> tuple[transformers.LlamaForCausalLM, Model]:
-    """transformers' Llama with random weights, and our model with the same ones."""
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+def their_config(args: ModelArgs) -> transformers.PreTrainedConfig:
+    return transformers.AutoConfig.for_model(
+        args.model_type,
         hidden_size=args.dim,
         num_hidden_layers=args.n_layers,
         num_attention_heads=args.n_heads,
@@ -52,26 +51,42 @@ def reference(args: ModelArgs, seed: int = 0) -> tuple[transformers.LlamaForCaus
         intermediate_size=args.hidden_dim,
         rms_norm_eps=args.norm_eps,
         vocab_size=args.vocab_size,
-        rope_parameters={"rope_type": "default", "rope_theta": args.rope_theta},
+        rope_parameters={
+            **(args.rope_scaling or {"rope_type": "default"}),
+            "rope_theta": args.rope_theta,
+        },
+        max_position_embeddings=args.max_position_embeddings or 2048,
+        sliding_window=args.sliding_window,
+        tie_word_embeddings=args.tie_word_embeddings,
         attn_implementation="eager",
     )
-    theirs = transformers.LlamaForCausalLM(config).eval()
+
+
+def reference(args: ModelArgs, seed: int = 0) -> tuple[transformers.PreTrainedModel, Model]:
+    """transformers' model with random weights, norms and biases, and ours with the same ones."""
+    torch.manual_seed(seed)
+    theirs = transformers.AutoModelForCausalLM.from_config(their_config(args)).eval()
+    heads = {"wq": args.n_heads, "wk": args.n_kv_heads, "q_norm": 1, "k_norm": 1}
     weights = {}
 
-    def fill(our_name: str, parameter: torch.Tensor) -> None:
-        value = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.08)
-        value = value + (1 if parameter.ndim == 1 else 0)
-        weights[our_name] = mx.array(value.numpy())
-        heads = {"wq": args.n_heads, "wk": args.n_kv_heads}.get(our_name.split(".")[-2])
-        parameter.data.copy_(half_split(value, heads) if heads else value)
+    def fill(our_name: str, module: torch.nn.Module) -> None:
+        n_heads = heads.get(our_name.split(".")[-1])
+        for kind, parameter in module.named_parameters():
+            value = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.08)
+            value = value + (1 if kind == "weight" and parameter.ndim == 1 else 0)
+            weights[f"{our_name}.{kind}"] = mx.array(value.numpy())
+            parameter.data.copy_(half_split(value, n_heads) if n_heads else value)
 
-    fill("tok_embeddings.weight", theirs.model.embed_tokens.weight)
-    fill("norm.weight", theirs.model.norm.weight)
-    fill("output.weight", theirs.lm_head.weight)
-    for i in range(args.n_layers):
-        for ours, name in HF_NAMES.items():
-            module = theirs.model.layers[i].get_submodule(name)
-            fill(f"layers.{i}.{ours}.weight", module.weight)
+    fill("tok_embeddings", theirs.model.embed_tokens)
+    fill("norm", theirs.model.norm)
+    if not args.tie_word_embeddings:
+        fill("output", theirs.lm_head)
+    names = dict(HF_NAMES)
+    if args.qk_norm:
+        names.update({f"attention.{name}": f"self_attn.{name}" for name in ("q_norm", "k_norm")})
+    for i, layer in enumerate(theirs.model.layers):
+        for ours, name in names.items():
+            fill(f"layers.{i}.{ours}", layer.get_submodule(name))
     model = Model(args)
     model.load_weights(list(weights.items()))
     return theirs, model

@@ -10,7 +10,6 @@ its own, in turns.
 
 import argparse
 import json
-import multiprocessing
 import os
 import runpy
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 CONVERT = runpy.run_path(str(Path(__file__).with_name("convert.py")))  # the benchmark beside this
-MISTRAL, measure = CONVERT["MISTRAL"], CONVERT["measure"]
+MISTRAL, measure, in_process = (CONVERT[name] for name in ("MISTRAL", "measure", "in_process"))
 FORMATS = {
     "hf": [],
     "bfloat16": ["--dtype", "bfloat16"],
@@ -73,11 +72,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder, written = Path(name) / "model", Path(name) / "written"
             folder.mkdir()
-            making = multiprocessing.get_context("spawn").Process(
-                target=make_model, args=(folder, n_layers)
-            )
-            making.start()
-            making.join()
+            in_process(make_model, folder, n_layers)
             weights = folder / "weights.npz"
             gigabytes = weights.stat().st_size / 1e9
             script = [sys.executable, ROOT / "fuse.py", "--model", folder, "--save-path", written]
