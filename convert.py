@@ -27,6 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from parts import cli, device, model_folder, source_checkpoints  # before MLX, for its BLAS
+from parts.config_values import SHAPE
 from parts.lazy_tensors import Shards, read_parameters
 from parts.source_tokenizers import read_source_tokenizer
 
@@ -35,12 +36,8 @@ from mlx.utils import tree_flatten
 
 from models import Model, ModelArgs, quantizable
 
-ALWAYS_WRITTEN = (
-    "model_type",
-    "max_position_embeddings",
-    "bos_id",
-    "eos_ids",
-)  # by other tools read
+# Of the values that have a default: those that later steps and fuse.py read.
+ALWAYS_WRITTEN = "model_type", "max_position_embeddings", "bos_id", "eos_ids"
 SPARE_ROWS = 0.01  # of a model's tokens, that a tokenizer of its own may lack
 
 # -------------------------------------------------------------------------------------------------
@@ -166,7 +163,7 @@ def complete(params: dict, tensors: Shards) -> dict:
     config = {}
     for field in fields(ModelArgs):
         name, kind = field.name, field.type
-        if name not in model_folder.PARAMS:
+        if name not in SHAPE:
             value = params.get(name, field.default)
             if name in ALWAYS_WRITTEN or value != field.default:
                 config[name] = value

@@ -447,8 +447,7 @@ def train(
             stop=interrupts.pending, ranks=ranks,
         )  # fmt: skip
         validate = partial(report_validation, compute, state, log, interrupts, args.patience, bar)
-        validates = val_set is not None
-        gives_up = validates and validate_at_start(validate, state, log, args)
+        gives_up = val_set is not None and validate_at_start(validate, state, log, args)
         meter.resume()
         for iteration in [] if gives_up else bar:
             # Step. The device computes it while the next batch is made.
@@ -468,7 +467,7 @@ def train(
             state.keep()
 
             # Validate, which may end a training that no longer becomes better.
-            gives_up = validates and due.validate and validate()
+            gives_up = val_set is not None and due.validate and validate()
 
             # Save, also a new best, and where the training ends early.
             ends = interrupts.stopping or meter.broken or gives_up

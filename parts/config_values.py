@@ -5,6 +5,18 @@ from typing import get_args, get_origin
 
 LIMIT = 2**31
 
+SHAPE = (  # of a model, as each params.json says it
+    "dim",
+    "n_layers",
+    "head_dim",
+    "hidden_dim",
+    "n_heads",
+    "n_kv_heads",
+    "norm_eps",
+    "vocab_size",
+    "rope_theta",
+)
+
 
 def check_values(config: object, may_be_zero: set[str], limits: dict[str, int]) -> None:
     """Raise ValueError, which names the field, where a value is not of its field's type, or is a

@@ -21,6 +21,7 @@ import torch
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.lazy_tensors import prefetch
+from parts.model_folder import open_member
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -303,11 +304,7 @@ def write_npz(path: Path, weights: Iterable[Weight]) -> Iterator[int]:
     """Write a `weights.npz` as convert.py does, byte for byte. Yield the bytes of each block."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for weight in weights:
-            member = zipfile.ZipInfo(f"{weight.name}.npy")
-            with archive.open(member, "w", force_zip64=True) as file:
-                description = np.dtype(weight.dtype).str
-                header = {"descr": description, "fortran_order": False, "shape": weight.shape}
-                np.lib.format.write_array_header_1_0(file, header)
+            with open_member(archive, weight.name, weight.dtype, weight.shape) as member:
                 for block in weight.blocks():
-                    file.write(block.data)
+                    member.write(block.data)
                     yield block.nbytes

@@ -4,13 +4,16 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from parts import device, tokenizers  # before MLX, for its BLAS
 from parts.cli import did_you_mean
+from parts.config_values import SHAPE
 from parts.files import check_content, read_json
 from parts.staging import check_folder, staged_folder
 
@@ -22,17 +25,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 # are always weights where there is any of it, by which a run that was killed is recognized.
 FILES = ("weights.npz", *tokenizers.FILES, *tokenizers.BESIDE, "chat_template.jinja", "params.json")
 FIRST_FILES = ("weights.npz", "tokenizer.model", "params.json")  # before params.json had `eos_ids`
-PARAMS = {  # what each params.json of convert.py says
-    "dim",
-    "n_layers",
-    "head_dim",
-    "hidden_dim",
-    "n_heads",
-    "n_kv_heads",
-    "norm_eps",
-    "vocab_size",
-    "rope_theta",
-}
 GROUP_SIZES, BITS = (32, 64, 128), (2, 3, 4, 5, 6, 8)  # that quantization can have
 FOREIGN_FILES = (  # what only other models' folders hold
     "config.json",
@@ -215,11 +207,20 @@ def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]]) -
     """Write an uncompressed .npz file, one array at a time. Equal arrays give equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         for name, array in arrays:
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                array = np.ascontiguousarray(array)
-                header = np.lib.format.header_data_from_array_1_0(array)
-                np.lib.format.write_array_header_1_0(member, header)
+            array = np.ascontiguousarray(array)
+            with open_member(archive, name, array.dtype, array.shape) as member:
                 member.write(array.data)  # without the copy that NumPy's writer makes
+
+
+@contextmanager
+def open_member(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]
+) -> Iterator[BinaryIO]:
+    """Add an array to an .npz file: yield a file, which its values, in row-major order, follow."""
+    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        yield member
 
 
 def check_target(mlx_path: Path, torch_path: Path) -> None:
@@ -267,7 +268,7 @@ def converted_files(folder: Path) -> tuple[str, ...]:
         return ()
     if values is None:
         return FILES
-    if not values.keys() >= PARAMS:
+    if not values.keys() >= set(SHAPE):
         return ()
     return FILES if "eos_ids" in values else FIRST_FILES
 

@@ -6,20 +6,10 @@ so that a model's layouts convert to equal bytes.
 
 from pathlib import Path
 
+from parts.config_values import SHAPE
 from parts.hugging_face import rope_scaling
 from parts.unsupported import check_params, refusal
 
-SHAPE = (
-    "dim",
-    "n_layers",
-    "head_dim",
-    "hidden_dim",
-    "n_heads",
-    "n_kv_heads",
-    "norm_eps",
-    "vocab_size",
-    "rope_theta",
-)
 LLAMA_3_CONTEXT = 8192  # tokens; 3.1 and later scale RoPE beyond it
 
 
