@@ -46,9 +46,9 @@ import lora
 from models import Model, ModelArgs, quantizable
 
 DTYPES = {
-    "hf": ("float16", "bfloat16"),
-    "mlx": ("float16",),
-    "gguf": ("float16", "bfloat16", "q8_0"),
+    "hf": ("float16", "bfloat16", "float32"),
+    "mlx": ("float16", "float32"),
+    "gguf": ("float16", "bfloat16", "float32", "q8_0"),
 }
 DEFAULT_PATHS = {"gguf": "fused.gguf", "peft": "adapter", "mlx-lm": "adapter"}
 
@@ -75,8 +75,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=formats, default="hf", help="for which tools")
     add(
         "--dtype",
-        choices=("float16", "bfloat16", "q8_0"),
-        help="type of the weights; q8_0, 8 bits, is for gguf alone (default: float16)",
+        choices=DTYPES["gguf"],
+        help="type of the weights: float32 keeps all that the adapter adds; q8_0, 8 bits, is for "
+        "gguf alone (default: float16)",
     )
     add(
         "--keep-quantized",
@@ -97,7 +98,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--keep-quantized, --data and --dtype"
         )
     if args.dtype is not None and args.dtype not in dtypes:
-        raise ValueError(f"--format {args.format} takes --dtype {' or '.join(dtypes)}")
+        raise ValueError(f"--format {args.format} takes --dtype {', '.join(dtypes)}")
     if args.keep_quantized and (args.format == "gguf" or args.dtype is not None):
         raise ValueError("--keep-quantized goes with --format hf or mlx, and without --dtype")
     if args.no_adapter and args.data is not None:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from parts.fusing import Weight, cast, half_split, rotated
+from parts.fusing import Weight, cast, half_split, not_finite, rotated
 from parts.gguf_vocabulary import read_gguf_vocabulary
 from parts.hugging_face import rename
 from parts.rope import ORIGINAL_CONTEXT, Rope, amplitude, frequencies
@@ -74,7 +74,8 @@ def is_ours(path: Path) -> bool:
 def to_gguf(weights: Iterable[Weight], params: dict, rope: Rope, dtype: str) -> list[Weight]:
     """Return the weights under GGUF's names, in its order of rows and its types.
 
-    params: the values of `ModelArgs`; rope: of the model; dtype: float16, bfloat16 or q8_0.
+    params: the values of `ModelArgs`; rope: of the model; dtype: float16, bfloat16, float32 or
+    q8_0.
     """
     out = []
     halves = ARCHITECTURES[params["model_type"]] != "llama"
@@ -97,13 +98,21 @@ def to_gguf(weights: Iterable[Weight], params: dict, rope: Rope, dtype: str) -> 
 
 
 def to_q8(weight: Weight) -> Weight:
-    """Return a weight in 8 bits: of each group of 32, a scale in float16 and the integers."""
+    """Return a weight in 8 bits: of each group of 32, a scale in float16 and the integers.
+
+    The blocks raise ValueError where a scale is not finite.
+    """
     gguf = import_gguf()
     kind = gguf.GGMLQuantizationType.Q8_0
 
     def blocks() -> Iterator[np.ndarray]:
         for block in weight.blocks():
-            yield gguf.quants.quantize(block.astype(np.float32), kind)
+            with np.errstate(all="ignore"):
+                groups = gguf.quants.quantize(block.astype(np.float32), kind)
+            scales = groups.reshape(-1, 2 + Q8_GROUP)[:, :2].copy().view(np.float16)
+            if not np.isfinite(scales).all():
+                raise ValueError(not_finite(weight.name, "q8_0"))
+            yield groups
 
     shape = gguf.quants.quant_shape_to_byte_shape(weight.shape, kind)
     return weight._replace(shape=shape, dtype="uint8", blocks=blocks)
@@ -145,7 +154,8 @@ def make_head(
         "float32": gguf.GGMLQuantizationType.F32,
         "uint8": gguf.GGMLQuantizationType.Q8_0,
     }
-    files = {"float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
+    files = {"float16": "MOSTLY_F16", "bfloat16": "MOSTLY_BF16", "float32": "ALL_F32"}
+    files["q8_0"] = "MOSTLY_Q8_0"
     writer = gguf.GGUFWriter(None, ARCHITECTURES[params["model_type"]])
     writer.add_description(MADE_BY)
     writer.add_name(folder.resolve().name)

@@ -84,10 +84,12 @@ def open_weights(path: Path, head_dim: int) -> dict[str, Weight]:
 
 
 def read_header(file: zipfile.ZipExtFile) -> tuple[tuple[int, ...], np.dtype]:
-    """Read the head of a `.npy` member. Raises ValueError where it is none of convert.py's."""
+    """Read the head of a `.npy` member. Raises ValueError where it is none of convert.py's, and of
+    fuse.py's.
+    """
     np.lib.format.read_magic(file)
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    if by_columns or dtype not in (np.float16, np.uint32):
+    if by_columns or dtype not in (np.float16, np.float32, np.uint32):
         raise ValueError(f"an array of {dtype} that convert.py did not write")
     return shape, dtype
 
@@ -230,11 +232,11 @@ def quantize(weight: Weight, layer: list[Weight], quantization: dict) -> list[We
 
 
 def cast(weight: Weight, dtype: str = "float16") -> Weight:
-    """Return a weight as float32, float16 or bfloat16; integers stay as they are.
+    """Return a weight as float32, float16 or bfloat16; packed integers stay as they are.
 
     The blocks raise ValueError where a value is not finite in that type.
     """
-    if weight.dtype in (dtype, "uint32"):
+    if weight.dtype == "uint32" or weight.dtype == dtype != "float32":  # float32: of a computation
         return weight
 
     kind = getattr(torch, dtype)
@@ -243,13 +245,19 @@ def cast(weight: Weight, dtype: str = "float16") -> Weight:
         for block in weight.blocks():
             rounded = torch.from_numpy(block).to(kind)
             if not all(map(torch.isfinite, torch.aminmax(rounded))):
-                raise ValueError(
-                    f"{weight.name} holds values that are not finite in {dtype}: train with a "
-                    "smaller --learning-rate, or give --dtype bfloat16"
-                )
+                raise ValueError(not_finite(weight.name, dtype))
             yield (rounded.view(torch.int16) if dtype == "bfloat16" else rounded).numpy()
 
     return weight._replace(dtype=dtype, blocks=blocks)
+
+
+def not_finite(name: str, dtype: str) -> str:
+    """What to say of a weight that a type cannot hold."""
+    remedy = "" if dtype in ("bfloat16", "float32") else ", or give --dtype bfloat16"
+    return (
+        f"{name} holds values that are not finite in {dtype}: train with a smaller "
+        f"--learning-rate{remedy}"
+    )
 
 
 def half_split(weight: Weight, head_dim: int) -> Weight:

@@ -222,6 +222,51 @@ def test_a_gguf_file_holds_the_same_weights(case, exported, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
+# Of an adapter whose sums float16 does not hold
+
+
+@pytest.fixture(scope="module")
+def uneven(case, tmp_path_factory) -> Case:
+    """The case with an adapter of random numbers: merged, float16 rounds the weights."""
+    matrices, rng = adapters.read_adapter(case.adapter), np.random.default_rng(2)
+    adapter = tmp_path_factory.mktemp("uneven") / "adapters.npz"
+    with open(adapter, "wb") as file:
+        scaled = {k: m * rng.uniform(0.5, 1, m.shape) for k, m in matrices.items()}
+        adapters.write_adapter(file, {k: m.astype(np.float32) for k, m in scaled.items()}, 3.0)
+    model, _ = load(case.folder, adapter)
+    return case._replace(adapter=adapter, logits=np.array(model(mx.array([case.ids]))[0]))
+
+
+def logits_of_transformers(folder: Path, ids: list[int]) -> np.ndarray:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.tensor([ids])).logits.numpy()
+
+
+def test_float32_has_the_adapter_as_exact_as_beside_the_model(uneven, tmp_path):
+    succeed(run(uneven, tmp_path / "hf", "--dtype", "float32"))
+    succeed(run(uneven, tmp_path / "mlx", "--dtype", "float32", "--format", "mlx"))
+    logits = logits_of_transformers(tmp_path / "hf", uneven.ids)
+    np.testing.assert_allclose(logits, uneven.logits, atol=1e-4)
+    ids = mx.array([uneven.ids])
+    theirs, _ = mlx_lm.load(str(tmp_path / "hf"))
+    ours, _ = load(tmp_path / "mlx")
+    for logits in (theirs(ids), ours(ids)[0]):
+        assert logits.dtype == mx.float32
+        np.testing.assert_allclose(logits, uneven.logits, atol=1e-4)
+
+
+def test_float16_rounds_to_the_same_weights_everywhere(uneven, tmp_path):
+    """The tools agree with each other, and differ from the adapter beside the model."""
+    succeed(run(uneven, tmp_path / "hf"))
+    succeed(run(uneven, tmp_path / "mlx", "--format", "mlx"))
+    ours = load(tmp_path / "mlx")[0](mx.array([uneven.ids]))[0]
+    logits = logits_of_transformers(tmp_path / "hf", uneven.ids)
+    np.testing.assert_allclose(logits, ours, atol=1e-4)
+    assert 5e-4 < np.abs(logits - uneven.logits).max() < 0.1
+
+
+# -------------------------------------------------------------------------------------------------
 # There and back again
 
 
@@ -411,8 +456,8 @@ def error_of(process, status: int = 2) -> str:
     [
         (["--model", "nowhere"], "nowhere/params.json is missing"),
         (["--adapter-file", "none.npz"], "there is no adapter file none.npz"),
-        (["--dtype", "q8_0"], "--format hf takes --dtype float16 or bfloat16"),
-        (["--format", "mlx", "--dtype", "bfloat16"], "--format mlx takes --dtype float16"),
+        (["--dtype", "q8_0"], "--format hf takes --dtype float16, bfloat16, float32"),
+        (["--format", "mlx", "--dtype", "bfloat16"], "--format mlx takes --dtype float16, float32"),
         (["--keep-quantized"], "is not quantized"),
         (["--keep-quantized", "--format", "gguf"], "goes with --format hf or mlx"),
         (["--no-adapter", "--data", "."], "leave out --no-adapter"),
@@ -461,6 +506,13 @@ def test_what_does_not_fit_is_named(plain, tmp_path):
     np.savez(tmp_path / "large.npz", **{name: m * 1e5 for name, m in matrices.items()})
     says = error_of(run(plain._replace(adapter=tmp_path / "large.npz"), tmp_path / "out"))
     assert "holds values that are not finite in float16" in says and "bfloat16" in says
+    large, flags = plain._replace(adapter=tmp_path / "large.npz"), ["--format", "gguf"]
+    np.savez(tmp_path / "large.npz", **{name: m * 1e7 for name, m in matrices.items()})
+    says = error_of(run(large, tmp_path / "out", *flags, "--dtype", "q8_0"))
+    assert "holds values that are not finite in q8_0" in says
+    np.savez(tmp_path / "large.npz", **{name: m * 1e25 for name, m in matrices.items()})
+    says = error_of(run(large, tmp_path / "out", "--dtype", "float32"))
+    assert "are not finite in float32" in says and "bfloat16" not in says
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob("*unfinished"))
 
 
