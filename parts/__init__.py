@@ -21,7 +21,7 @@ decoder_cuda      a layer for one token in one kernel: decoder_cuda.cu, decoder_
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"
 source_checkpoints   Meta's, Mistral's and Hugging Face's layouts of files
-module_names      what Meta and Hugging Face call the same modules: one map for both ways
+module_names      what Meta, Hugging Face and GGUF call the same modules: maps for both ways
 hugging_face      its names, config and order of rows turned into Meta's
 params_json       Meta's and Mistral's params.json
 unsupported       refuses what cannot be run, by the name that its users know

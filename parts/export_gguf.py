@@ -15,23 +15,9 @@ import numpy as np
 from parts.fusing import Weight, cast, half_split, not_finite, rotated
 from parts.gguf_vocabulary import read_gguf_vocabulary
 from parts.hugging_face import rename
+from parts.module_names import TO_GGUF
 from parts.rope import ORIGINAL_CONTEXT, Rope, amplitude, frequencies
 
-TO_GGUF = {
-    "layers": "blk",
-    "tok_embeddings": "token_embd",
-    "norm": "output_norm",
-    "attention.wq": "attn_q",
-    "attention.wk": "attn_k",
-    "attention.wv": "attn_v",
-    "attention.wo": "attn_output",
-    "attention.q_norm": "attn_q_norm",
-    "attention.k_norm": "attn_k_norm",
-    "attention_norm": "attn_norm",
-    "feed_forward.w1": "ffn_gate",
-    "feed_forward.w2": "ffn_down",
-    "feed_forward.w3": "ffn_up",
-}
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 MADE_BY = "Written by fuse.py"  # in the head of a file, by which one of ours is known
 Q8_GROUP = 32  # weights that share a scale in Q8_0

@@ -163,7 +163,7 @@ def test_the_weights_are_those_of_the_source_as_its_own_library_reads_them(
     state = torch.load(base_model / "consolidated.00.pth", mmap=True, weights_only=True)
     assert len(state) == len(source.tensors) + 1
     for tensor in source.tensors:
-        name = make.meta_name(tensor.name.removesuffix(".weight")) + ".weight"
+        name = make.rename(tensor.name, make.FROM_GGUF)
         expected = gguf.dequantize(tensor.data, tensor.tensor_type)
         assert state[name].dtype == torch.float16
         np.testing.assert_allclose(state[name].float(), expected, rtol=1e-3, atol=1e-6)
