@@ -8,6 +8,7 @@ libraries know and this network does not, such as DoRA, is refused by its name.
 import json
 import math
 import re
+import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, deserialize
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.adapters import PROJECTIONS, check_matrix, parse_adapter, parse_scale
+from parts.adapters import PROJECTIONS, check_matrix, check_scale, parse_adapter, parse_scale
 from parts.files import check_content
 from parts.module_names import TO_HUGGING_FACE
 
@@ -24,6 +25,7 @@ CONFIG = "adapter_config.json"
 MODULES = {  # of a block, the linear layers: Hugging Face's names and ours
     TO_HUGGING_FACE[f"{block}.{name}"]: f"{block}.{name}" for name, block in PROJECTIONS.items()
 }
+MOST = 1e9  # of a rank, an alpha or a scale that a config tells
 STORED_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # other than bfloat16
 
 
@@ -221,10 +223,12 @@ def read_config(
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if isinstance(config, dict) and "peft_type" in config:
-        return PEFT, *parse_peft(config, path)
-    if isinstance(config, dict) and ("lora_parameters" in config or "fine_tune_type" in config):
-        return MLX_LM, *parse_mlx_lm(config, path)
-    raise ValueError(f"{path} is neither PEFT's nor mlx-lm's")
+        form, (rank, scale) = PEFT, parse_peft(config, path)
+    elif isinstance(config, dict) and ("lora_parameters" in config or "fine_tune_type" in config):
+        form, (rank, scale) = MLX_LM, parse_mlx_lm(config, path)
+    else:
+        raise ValueError(f"{path} is neither PEFT's nor mlx-lm's")
+    return form, rank, check_scale(scale, path)
 
 
 def refuse(path: Path, setting: str, what: str) -> None:
@@ -277,8 +281,8 @@ def number_of(config: dict, name: str, kind: type, path: Path) -> float:
     """Return a number above 0 of a config. Raises ValueError, which names it, where it is none."""
     value = config.get(name)
     is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not is_number or not 0 < value < math.inf:
-        raise ValueError(f"{path}: {name} is {value!r}, and not a number above 0")
+    if not is_number or not 0 < value <= MOST:
+        raise ValueError(f"{path}: {name} is {reprlib.repr(value)}, and not a number above 0")
     return value
 
 

@@ -9,9 +9,9 @@ which readers of NumPy's format pass over: `{"scale": 4.0}`.
 import argparse
 import io
 import json
-import math
 import os
 import re
+import reprlib
 import zipfile
 from collections import defaultdict
 from pathlib import Path
@@ -34,6 +34,7 @@ PROJECTIONS = {  # the linear layers of a transformer block, and where in it the
     **dict.fromkeys(("w1", "w2", "w3"), "feed_forward"),
 }
 LORA_SCALE = 2.0  # of a file that does not tell its scale
+MAX_SCALE = 1e4  # as of --lora-scale
 FOREIGN_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth")  # of other tools' formats
 
 
@@ -86,7 +87,7 @@ def read_adapter(path: str | Path) -> dict[str, np.ndarray]:
 def parse_scale(content: bytes, path: str | Path) -> float:
     """Return the scale that an adapter file's content tells, or the one that goes without saying.
 
-    Raises ValueError, which names `path`, when it is no number above 0.
+    Raises ValueError, which names `path`, when it is none.
     """
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         comment = archive.comment
@@ -95,9 +96,17 @@ def parse_scale(content: bytes, path: str | Path) -> float:
     except (ValueError, RecursionError):  # another tool's words
         return LORA_SCALE
     scale = settings.get("scale", LORA_SCALE) if isinstance(settings, dict) else LORA_SCALE
+    return check_scale(scale, path)
+
+
+def check_scale(scale: object, path: str | Path) -> float:
+    """Return a scale that a file tells. Raises ValueError, which names `path`, where it is none."""
     is_number = isinstance(scale, (int, float)) and not isinstance(scale, bool)
-    if not is_number or not 0 < scale < math.inf:
-        raise ValueError(f"the scale in {path} is {scale!r}, and not a number above 0")
+    if not is_number or not 0 < scale <= MAX_SCALE:
+        raise ValueError(
+            f"the scale in {path} is {reprlib.repr(scale)}, and not a number above 0 and up to "
+            f"{MAX_SCALE:g}"
+        )
     return float(scale)
 
 

@@ -119,6 +119,8 @@ def test_layers_may_differ_in_projections_and_rank(tmp_path):
          b'{"scale": "2"}', "the scale in a.npz is '2', and not a number above 0"),
         ({"feed_forward.w2.lora_a": (96, 2), "feed_forward.w2.lora_b": (2, 64)},
          b'{"scale": -1}', "the scale in a.npz is -1"),
+        ({"feed_forward.w2.lora_a": (96, 2), "feed_forward.w2.lora_b": (2, 64)},
+         b'{"scale": 1' + b"0" * 400 + b"}", "0000, and not a number above 0 and up to 10000"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(shapes, comment, says, tmp_path, monkeypatch):
