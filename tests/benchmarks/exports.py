@@ -2,12 +2,18 @@
 
     python tests/benchmarks/exports.py --model base-model-mlx --adapter-file adapters.npz \
         --data mlx-doc-data --llama-cpp /a/folder
+    python tests/benchmarks/exports.py --families --llama-cpp /a/folder
 
 The test perplexity of the model, of it with the adapter, and of each export in the tool that it is
-for; beside it, of the prompts of the test set, how many greedy texts are the same, and how far the
-logits after a prompt are from ours. A text differs from where two tokens are nearly as likely.
+for. Of the prompts of the test set, how many greedy texts are the same as with the adapter; a text
+differs from where two tokens are nearly as likely. And how far the logits after a prompt are, at
+most, from those of the adapter beside the model, and from those of the model that it is merged
+into in the same type: the former differ where float16 rounds merged weights, the latter do not.
+--families: of small random models instead, of the kinds of tests/test_families.py.
+
 llama.cpp is built from the source distribution of llama-cpp-python into a folder, unless it is
-there (half an hour on one core).
+there (half an hour on one core). Its cache of keys and values is in float16, if not that of
+float32 weights.
 """
 
 import argparse
@@ -24,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import lora  # noqa: E402  from the repository's root
 from parts.decoder import generate_step  # noqa: E402
@@ -40,7 +46,8 @@ ASK_LLAMA_CPP = """
 import json, sys
 import numpy as np
 from llama_cpp import Llama
-model = Llama(sys.argv[1], n_ctx=2048, logits_all=True, verbose=False)
+kinds = dict.fromkeys(("type_k", "type_v"), int(sys.argv[4])) if sys.argv[4] else {}
+model = Llama(sys.argv[1], n_ctx=2048, logits_all=True, verbose=False, **kinds)
 print(json.dumps([model.tokenize(t.encode(), special=False) for t in json.loads(sys.argv[3])]))
 for line in sys.stdin:
     ids, n_tokens = json.loads(line)
@@ -53,6 +60,7 @@ for line in sys.stdin:
         model.eval(out[-1:])
     print(json.dumps(out), flush=True)
 """
+GGML_FLOAT32 = "0"
 
 
 class Tool(NamedTuple):
@@ -65,6 +73,17 @@ class Tool(NamedTuple):
     encoded: list[list[int]] | None = None
 
 
+class Texts:
+    """Texts, what begins each, and their ids."""
+
+    def __init__(self, folder: Path, texts: list[str], prompts: list[str]):
+        _, tokenizer = lora.load_model(folder)
+        self.texts, self.eos_id = texts, tokenizer.eos_id
+        self.ids = [tokenizer.encode(text) for text in texts]
+        self.rows = [tokenizer.encode(text, eos=True) for text in texts]
+        self.prompts = [tokenizer.encode(prompt) for prompt in prompts]
+
+
 def until_end(ids: Iterator[int], eos_id: int) -> list[int]:
     """The first tokens of a text, up to its end."""
     text = []
@@ -75,7 +94,11 @@ def until_end(ids: Iterator[int], eos_id: int) -> list[int]:
     return text
 
 
-def in_lora(folder: Path, adapter: str | None = None) -> Tool:
+# -------------------------------------------------------------------------------------------------
+# The tools
+
+
+def in_lora(folder: Path, adapter: str | Path | None = None) -> Tool:
     model, tokenizer = lora.load_model(folder, mx.float32)
     if adapter:
         lora.load_adapter(model, adapter)
@@ -85,47 +108,62 @@ def in_lora(folder: Path, adapter: str | None = None) -> Tool:
     )
 
 
-def in_transformers(folder: Path, texts: list[str], eos_id: int) -> Tool:
+def in_transformers(
+    folder: Path, texts: Texts, adapter: Path | None = None, gguf_file: str | None = None
+) -> Tool:
+    """adapter: a folder for PEFT. gguf_file: in the folder, in place of what else is there."""
     import torch
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    settings = {"dtype": torch.float32}
+    if gguf_file:
+        settings["gguf_file"] = gguf_file
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **settings)
+    encoded = None
+    if gguf_file is None:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        encoded = [tokenizer.encode(text) for text in texts.texts]
+    if adapter:
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, adapter)
 
     def logits(ids: list[int]) -> np.ndarray:
         with torch.no_grad():
             return model(torch.tensor([ids])).logits[0].numpy()
 
     def greedy(ids: list[int]) -> list[int]:
-        out = model.generate(torch.tensor([ids]), max_new_tokens=N_TOKENS, do_sample=False)
-        return until_end(iter(out[0, len(ids) :].tolist()), eos_id)
+        ids = torch.tensor([ids])
+        out = model.generate(input_ids=ids, max_new_tokens=N_TOKENS, do_sample=False)
+        return until_end(iter(out[0, ids.shape[1] :].tolist()), texts.eos_id)
 
-    return Tool(logits, greedy, [tokenizer.encode(text) for text in texts])
+    return Tool(logits, greedy, encoded)
 
 
-def in_mlx_lm(folder: Path, texts: list[str], eos_id: int) -> Tool:
+def in_mlx_lm(folder: Path, texts: Texts, adapter: Path | None = None) -> Tool:
     import mlx_lm
     from mlx_lm.generate import generate_step as their_step
 
-    model, tokenizer = mlx_lm.load(str(folder))
+    model, tokenizer = mlx_lm.load(str(folder), adapter_path=adapter and str(adapter))
     model.set_dtype(mx.float32)
 
     def greedy(ids: list[int]) -> list[int]:
         steps = their_step(mx.array(ids), model, max_tokens=N_TOKENS)
-        return until_end((token for token, _ in steps), eos_id)
+        return until_end((token for token, _ in steps), texts.eos_id)
 
-    encoded = [tokenizer.encode(text) for text in texts]
+    encoded = [tokenizer.encode(text) for text in texts.texts]
     return Tool(lambda ids: np.array(model(mx.array([ids]))[0]), greedy, encoded)
 
 
-def in_llama_cpp(library: Path, file: Path, texts: list[str]) -> Tool:
+def in_llama_cpp(library: Path, file: Path, texts: Texts, cache: str = "") -> Tool:
+    """cache: the type of its keys and values."""
     if not (library / "llama_cpp").exists():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", library]
         command += ["--no-binary", "llama-cpp-python", "llama-cpp-python"]
         subprocess.run(command, env={**os.environ, "CMAKE_ARGS": BUILD_FLAGS}, check=True)
     path = file.with_suffix(".npy")
     process = subprocess.Popen(
-        [sys.executable, "-c", ASK_LLAMA_CPP, file, path, json.dumps(texts)],
+        [sys.executable, "-c", ASK_LLAMA_CPP, file, path, json.dumps(texts.texts), cache],
         env={**os.environ, "PYTHONPATH": str(library)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -145,6 +183,10 @@ def in_llama_cpp(library: Path, file: Path, texts: list[str]) -> Tool:
     return Tool(logits, lambda ids: ask(ids, N_TOKENS), encoded)
 
 
+# -------------------------------------------------------------------------------------------------
+# The comparison
+
+
 def perplexity(tool: Tool, rows: list[list[int]]) -> float:
     """The perplexity of texts of ids."""
     total = 0.0
@@ -156,72 +198,124 @@ def perplexity(tool: Tool, rows: list[list[int]]) -> float:
     return float(np.exp(total / sum(len(row) - 1 for row in rows)))
 
 
+class Report:
+    """A table of tools, against one with the adapter beside the model, and one with it merged."""
+
+    def __init__(self, texts: Texts, beside: Tool, merged: Tool):
+        self.texts = texts
+        self.expected = [beside.greedy(ids) for ids in texts.prompts]
+        self.logits = [[t.logits(ids)[-1] for ids in texts.prompts] for t in (beside, merged)]
+        n = len(texts.prompts)
+        largest = max(np.abs(logits).max() for logits in self.logits[0])
+        print(f"\nLogits of up to {largest:.1f}\n")
+        print(f"| of {n} texts | perplexity | same ids | same greedy text | logits | merged |")
+        print("|---|---|---|---|---|---|")
+
+    def add(self, what: str, tool: Tool) -> None:
+        """Print the line of a tool."""
+        prompts = self.texts.prompts
+        texts = [tool.greedy(ids) for ids in prompts]
+        same = sum(a == b for a, b in zip(texts, self.expected, strict=True))
+        here = [tool.logits(ids)[-1] for ids in prompts]
+        far = " | ".join(
+            f"{max(np.abs(a - b).max() for a, b in zip(here, there, strict=True)):.5f}"
+            for there in self.logits
+        )
+        ids = "" if tool.encoded is None else sum(map(list.__eq__, tool.encoded, self.texts.ids))
+        value = perplexity(tool, self.texts.rows)
+        print(f"| {what} | {value:.3f} | {ids} | {same} | {far} |", flush=True)
+
+
+def compare(model: Path, adapter: str | Path, texts: Texts, args, folder: Path) -> None:
+    """Print the table of a model and its adapter. folder: to write into."""
+
+    def export(target: str, *flags: str, source: Path = model) -> Path:
+        command = [sys.executable, ROOT / "fuse.py", "--model", source]
+        command += ["--adapter-file", adapter, "--save-path", folder / target]
+        subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
+        return folder / target
+
+    def export_gguf(dtype: str) -> Path:
+        (folder / dtype).mkdir()
+        return export(f"{dtype}/model.gguf", "--format", "gguf", "--dtype", dtype)
+
+    beside, merged = in_lora(model, adapter), in_lora(export("mlx", "--format", "mlx"))
+    report = Report(texts, beside, merged)
+    report.add("model alone", in_lora(model))
+    report.add("with the adapter", beside)
+    report.add("mlx in lora.py", merged)
+    exact = export("mlx32", "--format", "mlx", "--dtype", "float32")
+    report.add("mlx, float32, in lora.py", in_lora(exact))
+
+    plain = export("plain", "--no-adapter")
+    report.add(
+        "peft on the base in PEFT", in_transformers(plain, texts, export("peft", "--format=peft"))
+    )
+    report.add(
+        "mlx-lm on the base in mlx-lm", in_mlx_lm(plain, texts, export("lm", "--format=mlx-lm"))
+    )
+    for dtype in ("float16", "float32", "bfloat16"):
+        target = export(dtype + "-hf", "--dtype", dtype)
+        report.add(f"hf, {dtype}, in transformers", in_transformers(target, texts))
+        report.add(f"hf, {dtype}, in mlx-lm", in_mlx_lm(target, texts))
+    for dtype in ("float16", "float32", "q8_0"):
+        file = export_gguf(dtype)
+        if dtype != "q8_0" and args.families is None:  # scaled positions are not read there
+            tool = in_transformers(file.parent, texts, gguf_file=file.name)
+            report.add(f"gguf, {dtype}, in transformers", tool)
+        if args.llama_cpp:
+            cache = GGML_FLOAT32 if dtype == "float32" else ""
+            tool = in_llama_cpp(args.llama_cpp, file, texts, cache)
+            report.add(f"gguf, {dtype}, in llama.cpp", tool)
+    if args.families is not None:
+        return
+    for bits in ("8", "4"):
+        few = folder / f"few-{bits}"
+        command = [sys.executable, ROOT / "convert.py", "--torch-path", plain]
+        command += ["--mlx-path", few, "-q", "--q-bits", bits]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        report.add(f"{bits} bits with the adapter", in_lora(few, adapter))
+        report.add(
+            f"{bits} bits, dequantized", in_lora(export(f"d{bits}", "--format=mlx", source=few))
+        )
+        kept = export(f"k{bits}", "--format=mlx", "--keep-quantized", source=few)
+        report.add(f"{bits} bits, kept", in_lora(kept))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=ROOT / "base-model-mlx")
     parser.add_argument("--adapter-file", default=str(ROOT / "adapters.npz"))
     parser.add_argument("--data", type=Path, default=ROOT / "mlx-doc-data")
     parser.add_argument("--texts", type=int, default=20, help="of the test set")
+    parser.add_argument("--families", nargs="*", help="small models instead: all, or some by name")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama-cpp-python, or for it")
     args = parser.parse_args()
 
-    _, tokenizer = lora.load_model(args.model)
-    dataset = lora.Dataset(args.data / "test.jsonl")
-    texts = [dataset[i] for i in range(len(dataset))][: args.texts]
-    rows = [tokenizer.encode(text, eos=True) for text in texts]
-    prompts = [f"{text.partition('A: ')[0]}A:" for text in texts]
-    prompt_ids = [tokenizer.encode(prompt) for prompt in prompts]
-    ids_of_texts = [tokenizer.encode(text) for text in texts]
-    end = tokenizer.eos_id
-    print(f"| of {len(rows)} texts | perplexity | same ids | same greedy text | logits |")
-    print("|---|---|---|---|---|")
-
-    ours = in_lora(args.model, args.adapter_file)
-    expected = [ours.greedy(ids) for ids in prompt_ids]
-    logits = [ours.logits(ids)[-1] for ids in prompt_ids]
-
-    def report(what: str, tool: Tool) -> None:
-        texts_here = [tool.greedy(ids) for ids in prompt_ids]
-        same = sum(a == b for a, b in zip(texts_here, expected, strict=True))
-        pairs = zip(prompt_ids, logits, strict=True)
-        far = max(np.abs(tool.logits(ids)[-1] - of_ours).max() for ids, of_ours in pairs)
-        ids = "" if tool.encoded is None else sum(map(list.__eq__, tool.encoded, ids_of_texts))
-        value = perplexity(tool, rows)
-        print(f"| {what} | {value:.3f} | {ids} | {same} | {far:.4f} |", flush=True)
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if args.families is not None:
+            compare_families(args, folder)
+            return
+        dataset = lora.Dataset(args.data / "test.jsonl")
+        texts = [dataset[i] for i in range(len(dataset))][: args.texts]
+        prompts = [f"{text.partition('A: ')[0]}A:" for text in texts]
+        compare(args.model, args.adapter_file, Texts(args.model, texts, prompts), args, folder)
 
-        def export(target: str, *flags: str, source: Path = args.model) -> Path:
-            command = [sys.executable, ROOT / "fuse.py", "--model", source]
-            command += ["--adapter-file", args.adapter_file, "--save-path", folder / target]
-            subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
-            return folder / target
 
-        report("model alone", in_lora(args.model))
-        report("with the adapter", ours)
-        report("mlx in lora.py", in_lora(export("mlx", "--format", "mlx")))
-        half = export("half")
-        report("hf in transformers", in_transformers(half, texts, end))
-        report("hf in mlx-lm", in_mlx_lm(half, texts, end))
-        brain = export("brain", "--dtype", "bfloat16")
-        report("hf, bfloat16, in transformers", in_transformers(brain, texts, end))
-        if args.llama_cpp:
-            for dtype in ("float16", "q8_0"):
-                file = export(f"{dtype}.gguf", "--format", "gguf", "--dtype", dtype)
-                report(f"gguf, {dtype}, in llama.cpp", in_llama_cpp(args.llama_cpp, file, texts))
-        plain = export("plain", "--no-adapter")
-        for bits in ("8", "4"):
-            few = folder / f"few-{bits}"
-            command = [sys.executable, ROOT / "convert.py", "--torch-path", plain]
-            command += ["--mlx-path", few, "-q", "--q-bits", bits]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-            report(f"{bits} bits with the adapter", in_lora(few, args.adapter_file))
-            report(
-                f"{bits} bits, dequantized", in_lora(export(f"d{bits}", "--format=mlx", source=few))
-            )
-            kept = export(f"k{bits}", "--format=mlx", "--keep-quantized", source=few)
-            report(f"{bits} bits, kept", in_lora(kept))
+def compare_families(args: argparse.Namespace, folder: Path) -> None:
+    """Print the table of each kind of small model that test_fuse.py exports, of real texts."""
+    from conftest import texts_of_mlx
+    from test_fuse import FAMILIES_TO_EXPORT, PROMPT, write_case
+
+    texts = [PROMPT, *texts_of_mlx()[: args.texts - 1]]
+    for kind in args.families or FAMILIES_TO_EXPORT:
+        family = FAMILIES_TO_EXPORT[kind]
+        print(f"\n{kind}: {family}, small")
+        (folder / kind).mkdir()
+        model, adapter = write_case(folder / kind / "model", family, texts_of_mlx())
+        examples = Texts(model, texts, [text[:30] for text in texts])
+        compare(model, adapter, examples, args, folder / kind)
 
 
 if __name__ == "__main__":
