@@ -9,6 +9,7 @@ tokenizer.json of bytes            "gpt2": tokens, types and merges, and the nam
 from pathlib import Path
 from typing import NamedTuple
 
+from parts.cli import warn
 from parts.files import read_json
 from parts.source_tokenizers import token_ids
 from parts.tokenizer_export import (
@@ -79,10 +80,13 @@ def read_gguf_vocabulary(folder: Path, vocab_size: int) -> GGUFVocabulary:
 def from_sentencepiece(path: Path) -> GGUFVocabulary:
     """Return the vocabulary of a SentencePiece model and the tokens added to it.
 
-    An unused piece is a normal one: llama.cpp would join it as well, and show nothing for it.
+    An unused piece is a normal one: llama.cpp would join it as well, and show nothing for it. It
+    does not make one space of several, which no Llama asks for: a warning says so.
     """
     proto, added = read_vocabulary(path)
     spec = proto.normalizer_spec
+    if spec.remove_extra_whitespaces:
+        warn(f"{path} makes one space of several, and llama.cpp does not: it reads other tokens")
     tokens = [piece.piece.replace(" ", "▁") for piece in proto.pieces]
     types = [NORMAL if piece.type == UNUSED else piece.type for piece in proto.pieces]
     scores = [piece.score for piece in proto.pieces]

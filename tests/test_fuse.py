@@ -21,6 +21,7 @@ import torch
 import transformers
 from conftest import QUICK, call_script, script_in_forks, write_quick_tokenizer
 from mlx_lm.generate import generate_step as mlx_generate_step
+from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from test_families import FAMILIES, our_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -72,6 +73,14 @@ def write_byte_level_tokenizer(folder: Path, texts: list[str], bos: bool) -> Non
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 
+def keep_spaces(path: Path) -> None:
+    """Have a SentencePiece model keep all spaces, as Llama's and Mistral's do."""
+    proto = sentencepiece_proto.ModelProto()
+    proto.ParseFromString(path.read_bytes())
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    path.write_bytes(proto.SerializeToString())
+
+
 def random_model(args: ModelArgs, seed: int = 0) -> Model:
     """A model of weights that are multiples of 1/1024, below 2: float16 holds them, and what an
     adapter of multiples of 1/32 makes of them. So nothing is rounded but by what computes.
@@ -98,6 +107,8 @@ def write_case(folder: Path, name: str, texts: list[str]) -> tuple[Path, Path]:
     args = dataclasses.replace(our_args(FAMILIES[name]), vocab_size=QUICK["vocab_size"])
     if args.model_type in ("llama", "mistral") and args.rope_scaling is None:
         write_quick_tokenizer(folder)
+        if args.sliding_window is None:
+            keep_spaces(folder / "tokenizer.model")
         args = dataclasses.replace(args, bos_id=1, eos_ids=[2])
     else:
         bos = args.model_type == "llama"
@@ -211,7 +222,9 @@ def test_a_gguf_file_holds_the_same_weights(case, exported, tmp_path):
     window = case.folder.name == "window"
     process = run(case, tmp_path / "model.gguf", "--format", "gguf")
     assert process.returncode == 0, process.stderr
-    assert ("llama.cpp lets a position see" in process.stderr) == window
+    warnings = "lets a position see all before it", "makes one space of several"
+    assert [warning in process.stderr for warning in warnings] == [window, window]
+    assert len(process.stderr.splitlines()) == 2 * window
     config = None if window else transformers.AutoConfig.from_pretrained(exported)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, gguf_file="model.gguf", config=config, dtype=torch.float32
