@@ -13,6 +13,7 @@ hf    a folder for transformers, mlx-lm, vLLM and llama.cpp's converter;
 mlx   a folder for lora.py --model;
 gguf  one file for llama.cpp, Ollama and LM Studio;
 peft, mlx-lm  the adapter alone, a folder for these libraries.
+--chat-template, of which lora.py taught the model chats, goes out with it.
 A quantized model is dequantized, unless --keep-quantized asks for its bits again: these lose part
 of what was learnt, and with --data the script says how much.
 """
@@ -31,7 +32,7 @@ import torch
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts import adapter_export, adapters, cli, export_gguf, export_hugging_face, flags
+from parts import adapter_export, adapters, chat, cli, export_gguf, export_hugging_face, flags
 from parts import model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
@@ -85,17 +86,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a quantized model, merge into the bits that it has; hf is for mlx-lm alone then",
     )
     add("--data", help="folder whose test.jsonl tells what merging costs: the test perplexity")
-    flags.add_chat_template(add)
+    flags.add_data_flags(add)
     return parser
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Find what cannot work before anything is read. Raises ValueError or FileNotFoundError."""
     dtypes, adapter_alone = DTYPES.get(args.format, ()), args.format in adapter_export.FORMATS
-    if adapter_alone and (args.no_adapter or args.keep_quantized or args.data or args.dtype):
+    of_model = ("no_adapter", "keep_quantized", "data", "dtype", "chat_template")
+    if adapter_alone and any(getattr(args, flag) for flag in of_model):
         raise ValueError(
             f"--format {args.format} writes the adapter alone, in float32: leave out --no-adapter, "
-            "--keep-quantized, --data and --dtype"
+            "--keep-quantized, --data, --dtype and --chat-template"
         )
     if args.dtype is not None and args.dtype not in dtypes:
         raise ValueError(f"--format {args.format} takes --dtype {', '.join(dtypes)}")
@@ -103,8 +105,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--keep-quantized goes with --format hf or mlx, and without --dtype")
     if args.no_adapter and args.data is not None:
         raise ValueError("--data tells what merging an adapter costs: leave out --no-adapter")
-    if args.chat_template is not None and args.data is None:
-        raise ValueError("--chat-template is for the chats of --data, which is not given")
+    if args.mask_prompt and args.data is None:
+        raise ValueError("--mask-prompt is for the test set of --data, which is not given")
     if not args.no_adapter and not Path(args.adapter_file).exists():
         raise FileNotFoundError(
             f"there is no adapter file {args.adapter_file}{did_you_mean(args.adapter_file)}: make "
@@ -164,10 +166,16 @@ def read_updates(model: Model, path: str) -> dict[str, Update]:
 # The run
 
 
-def export(weights: list[Weight], params: dict, model: Model, args: argparse.Namespace) -> None:
+def export(
+    weights: list[Weight],
+    params: dict,
+    model: Model,
+    template: bytes | None,
+    args: argparse.Namespace,
+) -> None:
     """Write the weights in the format that `args` asks for, whole or not at all.
 
-    params: what params.json says of them. Raises ValueError or OSError.
+    params: what params.json says of them; template: of chats. Raises ValueError or OSError.
     """
     source, target = Path(args.model), Path(args.save_path).resolve()
     dtype = args.dtype or "float16"
@@ -179,7 +187,9 @@ def export(weights: list[Weight], params: dict, model: Model, args: argparse.Nam
         ids = begin_and_ends(source, values)
         context = values["max_position_embeddings"] or export_hugging_face.CONTEXT
         weights = export_gguf.to_gguf(weights, values, model.args.rope, dtype)
-        head = export_gguf.make_head(source, values, model.args.rope, weights, dtype, *ids, context)
+        head = export_gguf.make_head(
+            source, values, model.args.rope, weights, dtype, *ids, context, template
+        )
         model_folder.check_space(export_gguf.size_of(head, weights), target)
         with atomic_write(target) as file:
             show_progress(export_gguf.write_gguf(file, head, weights), weights)
@@ -187,18 +197,31 @@ def export(weights: list[Weight], params: dict, model: Model, args: argparse.Nam
     weights = [cast(weight, dtype) for weight in weights]
     model_folder.check_space(total_bytes(weights), target)
     if args.format == "hf":
-        others = export_hugging_face.other_files(source, values, dtype)
+        others = export_hugging_face.other_files(source, values, dtype, template)
         weights = export_hugging_face.to_hugging_face(weights, model.args.head_dim)
         with staged_folder(target, export_hugging_face.FILES) as folder:
             blocks = export_hugging_face.write_folder(folder, weights, others)
             show_progress(blocks, weights)
     else:
         with staged_folder(target, model_folder.FILES) as folder:
-            for name in set(model_folder.FILES) - {"weights.npz", "params.json"}:
+            for name in set(model_folder.FILES) - {"weights.npz", "params.json", chat.FILE}:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
+            if template is not None:
+                (folder / chat.FILE).write_bytes(template)
             show_progress(write_npz(folder / "weights.npz", weights), weights)
             (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+
+
+def read_template(args: argparse.Namespace, tokenizer: Tokenizer) -> bytes | None:
+    """Return the chat template that goes out: of --chat-template, or the model's own, if it has
+    one. Raises FileNotFoundError or ValueError.
+    """
+    folder = Path(args.model)
+    if args.chat_template is not None:
+        return chat.load_template(args.chat_template, folder, tokenizer).source.encode()
+    path = folder / chat.FILE
+    return path.read_bytes() if path.is_file() else None
 
 
 def export_adapter(model: Model, args: argparse.Namespace) -> None:
@@ -235,10 +258,11 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"--keep-quantized: {args.model} is not quantized")
     if not args.keep_quantized:
         params.pop("quantization", None)
+    template = read_template(args, tokenizer)
     test_set = open_test_set(args, tokenizer)
     updates = {} if args.no_adapter else read_updates(model, args.adapter_file)
     fused = fuse(weights, updates, quantization, args.keep_quantized)
-    export(fused, params, model, args)
+    export(fused, params, model, template, args)
     target = Path(args.save_path)
     files = target.iterdir() if target.is_dir() else [target]
     size = sum(path.stat().st_size for path in files if path.is_file())
@@ -254,7 +278,8 @@ def open_test_set(args: argparse.Namespace, tokenizer: Tokenizer) -> "lora.Datas
     """
     if args.data is None:
         return None
-    test_set = lora.Dataset(Path(args.data) / "test.jsonl", chat_template=args.chat_template)
+    path = Path(args.data) / "test.jsonl"
+    test_set = lora.Dataset(path, "text", args.mask_prompt, args.chat_template)
     test_set.encode(tokenizer)
     return test_set
 

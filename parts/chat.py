@@ -94,7 +94,7 @@ class ChatTemplate:
     def __init__(
         self, source: str, name: str, bos_token: str, eos_token: str, seconds: float = SECONDS
     ):
-        self.name, self._seconds, self._process = name, seconds, None
+        self.name, self.source, self._seconds, self._process = name, source, seconds, None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._ask({"template": source, "seconds": seconds})
         self.has_marks = "endgeneration" in source

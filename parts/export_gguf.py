@@ -6,6 +6,7 @@ in half-split order. Norms and biases are float32 there, and a tied output is le
 
 import io
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -127,11 +128,12 @@ def make_head(
     bos_id: int | None,
     eos_ids: list[int],
     context: int,
+    template: bytes | None,
 ) -> bytes:
     """Return all of a GGUF file that comes before the weights.
 
     folder: of convert.py; params: the values of `ModelArgs`; weights: of `to_gguf`; bos_id: None
-    where no token begins a text; context: positions.
+    where no token begins a text; context: positions; template: of chats.
     """
     gguf = import_gguf()
     stored = {
@@ -150,6 +152,8 @@ def make_head(
     add_shape(writer, params, context)
     add_scaling(writer, rope)
     add_vocabulary(writer, folder, params["vocab_size"], bos_id, eos_ids)
+    if template is not None:
+        writer.add_chat_template(without_marks(template.decode()))
     for weight in weights:
         kind = np.uint8 if weight.dtype == "uint8" else np.float16
         writer.add_tensor_info(
@@ -198,7 +202,7 @@ def add_scaling(writer, rope: Rope) -> None:
 def add_vocabulary(
     writer, folder: Path, vocab_size: int, bos_id: int | None, eos_ids: list[int]
 ) -> None:
-    """Write the tokenizer, which tokens begin and end a text, and the chat template."""
+    """Write the tokenizer, and which tokens begin and end a text."""
     vocabulary = read_gguf_vocabulary(folder, vocab_size)
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -219,9 +223,14 @@ def add_vocabulary(
         writer.add_eot_token_id(eos_ids[1])
     writer.add_add_bos_token(bos_id is not None)
     writer.add_add_eos_token(False)
-    template = folder / "chat_template.jinja"
-    if template.is_file():
-        writer.add_chat_template(template.read_text(encoding="utf-8"))
+
+
+def without_marks(template: str) -> str:
+    """Return a chat template without the marks of what the assistant answers, which plain Jinja
+    does not know: with blocks in their place that change nothing.
+    """
+    begun = re.sub(r"({%[-+]?\s*)generation(\s*[-+]?%})", r"\1if true\2", template)
+    return re.sub(r"({%[-+]?\s*)endgeneration(\s*[-+]?%})", r"\1endif\2", begun)
 
 
 def size_of(head: bytes, weights: list[Weight]) -> int:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from parts import chat
+from parts.byte_level_bpe import LLAMA3_PATTERN
 from parts.fusing import Weight, half_split, rotated, total_bytes
 from parts.hugging_face import CONFIG_TO_HUGGING_FACE, rename
 from parts.module_names import TO_HUGGING_FACE
@@ -25,6 +27,7 @@ ARCHITECTURES = {
 }
 STORED_TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint32": "U32"}
 MADE_BY = "fuse.py"  # in the metadata of each file of weights, by which a folder of ours is known
+TRANSFORMERS = "5.0.0"  # the version from which on it takes a Mistral's tokenizer as it is
 CONTEXT = 2048  # positions, where params.json does not say how many the model was trained for
 
 # What a folder holds, in the order in which it is moved into its place; the last is away meanwhile.
@@ -146,11 +149,13 @@ def write_safetensors(file: BinaryIO, weights: list[Weight]) -> Iterator[int]:
 # What describes the model
 
 
-def other_files(model_folder: Path, params: dict, dtype: str) -> dict[str, bytes]:
+def other_files(
+    model_folder: Path, params: dict, dtype: str, template: bytes | None
+) -> dict[str, bytes]:
     """Return the contents of all files but the weights, by name.
 
     model_folder: of convert.py; params: the values of `ModelArgs`, and `quantization` where it is
-    kept; dtype: of the weights.
+    kept; dtype: of the weights; template: of chats.
     """
     context = params["max_position_embeddings"] or CONTEXT
     bos_id, eos_ids = begin_and_ends(model_folder, params)
@@ -159,11 +164,23 @@ def other_files(model_folder: Path, params: dict, dtype: str) -> dict[str, bytes
         "bos_token_id": bos_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
     }
+    chats = {} if template is None else {chat.FILE: template}
+    config = to_config(params, dtype, context, ids)
+    if not has_wrong_pattern(tokenizer):
+        config["transformers_version"] = TRANSFORMERS
     return {
         **tokenizer,
+        **chats,
         "generation_config.json": to_json(ids),
-        "config.json": to_json(to_config(params, dtype, context, ids)),
+        "config.json": to_json(config),
     }
+
+
+def has_wrong_pattern(files: dict[str, bytes]) -> bool:
+    """Whether a tokenizer's files split words by Llama 3's pattern, which some of Mistral's do by
+    mistake: transformers warns of these, if config.json does not say that they are right.
+    """
+    return json.dumps(LLAMA3_PATTERN).encode() in files.get("tokenizer.json", b"")
 
 
 def to_config(params: dict, dtype: str, context: int, ids: dict) -> dict:

@@ -63,7 +63,7 @@ def tokenizer_files(
     folder: of convert.py; bos_id: None where no token begins a text; context: positions.
     """
     source = tokenizer_file(folder)
-    kept = (source.name, "added_tokens.json", "chat_template.jinja")
+    kept = (source.name, "added_tokens.json")
     files = {name: (folder / name).read_bytes() for name in kept if (folder / name).is_file()}
     if source.name == "tokenizer.json":
         names = {i: name for name, i in token_ids(read_json(source)).items()}

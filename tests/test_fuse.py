@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 import transformers
 from conftest import QUICK, call_script, script_in_forks, write_quick_tokenizer
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlx_lm.generate import generate_step as mlx_generate_step
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from test_families import FAMILIES, our_args
@@ -29,9 +30,10 @@ import convert
 import fuse
 import lora
 from models import Model, ModelArgs, add_lora
-from parts import adapters, export_hugging_face, fusing
+from parts import adapters, chat, export_hugging_face, fusing
 from parts.byte_level_bpe import LLAMA3_PATTERN, begin_with
 from parts.decoder import generate_step
+from parts.gguf_vocabulary import TEKKEN
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -475,7 +477,8 @@ def error_of(process, status: int = 2) -> str:
         (["--keep-quantized", "--format", "gguf"], "goes with --format hf or mlx"),
         (["--no-adapter", "--data", "."], "leave out --no-adapter"),
         (["--data", "nowhere"], "nowhere/test.jsonl is missing"),
-        (["--chat-template", "chatml"], "is for the chats of --data"),
+        (["--mask-prompt"], "is for the test set of --data"),
+        (["--chat-template", "nowhere"], "--chat-template nowhere is no file, and none of chatml"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(plain, tmp_path, flags, says):
@@ -493,9 +496,49 @@ def test_chats_without_a_template_are_refused_before_anything_is_written(plain, 
     says = error_of(run(case, tmp_path / "out", *flags))
     assert "has no chat_template.jinja, which chats need: give --chat-template" in says
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "test.jsonl"]
-    process = run(case, tmp_path / "out", *flags, "--chat-template", "chatml")
-    assert process.returncode == 0, process.stderr
-    assert "with the adapter" in process.stdout
+    costs = []
+    for more in ([], ["--mask-prompt"]):
+        process = run(case, tmp_path / "out", *flags, "--chat-template", "chatml", *more)
+        assert process.returncode == 0, process.stderr
+        costs.append(process.stdout.splitlines()[-1])
+    assert "with the adapter" in costs[0] and costs[0] != costs[1]
+
+
+def test_the_template_of_the_training_goes_out_with_the_model(plain, tmp_path):
+    """In the GGUF without marks of answers, which llama-cpp-python does not know."""
+    chosen = ["--chat-template", "chatml"]
+    for kind, target in (("hf", "hf"), ("mlx", "mlx"), ("gguf", "model.gguf")):
+        succeed(run(plain, tmp_path / target, "--format", kind, *chosen))
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    expected = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nSo.<|im_end|>\n"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.apply_chat_template(turns, tokenize=False) == expected
+    assert (tmp_path / "mlx" / "chat_template.jinja").read_text() == chat.BUILT_IN["chatml"]
+    field = gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.chat_template"].contents()
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    assert environment.from_string(field).render(messages=turns) == expected
+    succeed(run(plain, tmp_path / "own"))
+    assert (tmp_path / "own" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_config_vouches_for_the_pattern_that_splits_words(plain, tmp_path, docstrings):
+    """Not for Llama 3's, which many a Mistral's tokenizer.json has by mistake: transformers warns
+    of these, where they have Mistral's 131,072 tokens.
+    """
+    for name, pattern in (("wrong", LLAMA3_PATTERN), ("right", TEKKEN)):
+        case = Case(*write_case(tmp_path / name, "Llama 3.1 8B", docstrings))
+        tokenizer = case.folder / "tokenizer.json"
+        content = tokenizer.read_text()
+        assert json.dumps(LLAMA3_PATTERN) in content
+        tokenizer.write_text(content.replace(json.dumps(LLAMA3_PATTERN), json.dumps(pattern)))
+        succeed(run(case, tmp_path / f"hf-{name}"))
+    succeed(run(plain, tmp_path / "hf-pieces"))
+    configs = {
+        name: json.loads((tmp_path / f"hf-{name}" / "config.json").read_text())
+        for name in ("wrong", "right", "pieces")
+    }
+    versions = {name: config.get("transformers_version") for name, config in configs.items()}
+    assert versions == {"wrong": None, "right": "5.0.0", "pieces": "5.0.0"}
 
 
 def test_what_does_not_fit_is_named(plain, tmp_path):
