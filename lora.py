@@ -37,8 +37,8 @@ from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.decoder import generate_step
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_update_flags
-from parts.flags import check_arguments
+from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sampling_flags
+from parts.flags import add_update_flags, check_arguments, sampling_of
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
@@ -48,6 +48,7 @@ from parts.run_log import StepResult, say
 from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
+from parts.stop_text import until_stop
 from parts.token_rows import TokenRows, encode_records, special_token_warning, text_of
 from parts.tokenizers import Tokenizer, stream_text
 from parts.training import (
@@ -134,6 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--num-tokens", "-n", type=COUNT, default=100, help="tokens to generate at most")
     add("--write-every", type=COUNT, default=1, help="tokens between two writes")
     add("--temp", type=TEMPERATURE, default=0.8, help="sampling temperature, 0: greedy")
+    add_sampling_flags(add)
     return parser
 
 
@@ -497,12 +499,13 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     prompt_ids = tokenizer.encode(prompt)
     times = [time.perf_counter()]  # of the start, and of each token
     print(prompt, end="", flush=True)
-    ids = generate_step(model, prompt_ids, args.temp, tokenizer.vocab_size)
+    ids = generate_step(model, prompt_ids, sampling_of(args), tokenizer.vocab_size)
     ids = run_log.timed(ids, times)
     ids = itertools.islice(ids, args.num_tokens)
     ids = itertools.takewhile(lambda token: token not in tokenizer.eos_ids, ids)
     with device.wired():
-        for piece in stream_text(ids, tokenizer, prompt_ids, args.write_every):
+        pieces = stream_text(ids, tokenizer, prompt_ids, args.write_every)
+        for piece in until_stop(pieces, args.stop):
             print(piece, end="", flush=True)
     print(flush=True)
     print(run_log.generation_summary(len(prompt_ids), times), file=sys.stderr)

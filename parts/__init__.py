@@ -16,7 +16,9 @@ config_values     whether values read from a file are what a dataclass says
 rope              rotary positions: frequencies, scaled or not, and tables of cosines and sines
 kv_cache          the keys and values of a layer's positions so far
 merged_linear     linear layers with one input as one product
-decoder           generate text: prefill, one token at a time, sampling
+decoder           generate text: prefill, one token at a time
+sampling          the next token: temperature, top k, top p, min p, the penalty on repetition
+stop_text         a stream of text that ends before some
 decoder_cuda      a layer for one token in one kernel: decoder_cuda.cu, decoder_products.cuh
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"

@@ -12,24 +12,26 @@ from parts import device, ops
 from parts.decoder_cuda import kernel_layers
 from parts.kv_cache import KVCache
 from parts.merged_linear import MergedLinear
+from parts.sampling import GREEDY, Sampler, Sampling
 
 import mlx.core as mx
 import mlx.nn as nn
 
-MIN_TEMPERATURE = 1e-6  # below it the maximum logit leaves nothing to the others
 PREFILL_STEP = 512  # positions of a prompt that go through the model at once
 PREFETCH = 2  # layers of a prompt that are queued while the device computes another
 
 
-def prefill(model: nn.Module, ids: list[int]) -> list[KVCache] | None:
-    """The key-value caches, one a layer, after `ids`, which go through the model in pieces; None
-    without any ids.
+def prefill(
+    model: nn.Module, ids: list[int], caches: list[KVCache] | None = None
+) -> list[KVCache] | None:
+    """The key-value caches, one a layer, after `ids`, which follow what is in `caches`, and go
+    through the model in pieces; None without anything. The caches given stay as they are.
 
     A layer is queued when all but the `PREFETCH` layers right before it are computed, so that the
     device never waits for the processor, and yet no more layers hold what they work with, such as
     dequantized weights.
     """
-    caches = [None] * len(model.layers)
+    caches = list(caches or [None] * len(model.layers))
     for start in range(0, len(ids), PREFILL_STEP):
         # Queue the layers for this piece of the prompt.
         x = model.tok_embeddings(mx.array([ids[start : start + PREFILL_STEP]]))
@@ -43,41 +45,43 @@ def prefill(model: nn.Module, ids: list[int]) -> list[KVCache] | None:
                 mx.eval(queue.popleft())
         mx.eval([cache.state for cache in caches])
     device.give_back_memory()
-    return caches if ids else None
+    return caches if caches[0] is not None else None
 
 
 def generate_step(
-    model: nn.Module, prompt_ids: list[int], temp: float, vocab_size: int | None = None
+    model: nn.Module,
+    prompt_ids: list[int],
+    sampling: Sampling = GREEDY,
+    vocab_size: int | None = None,
+    decoder: "Decoder | None" = None,
 ) -> Iterator[int]:
     """Yield the ids that follow the prompt, without end.
 
-    `temp`: the temperature; 0 is greedy. `vocab_size`: only so many of the first ids are sampled,
-    by default all. Raises FloatingPointError where the first logits are not finite.
+    vocab_size: only so many of the first ids are sampled, by default all. decoder: one of the
+    model, whose caches hold the beginning of the prompt, but not its last id; they go on with the
+    rest. Raises FloatingPointError where the first logits are not finite.
     """
     model.eval()  # what only training needs is not made ready
-    decoder = Decoder(model, prefill(model, prompt_ids[:-1]))
+    if decoder is None:
+        decoder = Decoder(model, prefill(model, prompt_ids[:-1]))
+    elif decoder.offset < len(prompt_ids) - 1:
+        decoder.start(prefill(model, prompt_ids[decoder.offset : -1], decoder.caches))
+    sampler = Sampler(sampling, [prompt_ids])
 
-    def step(ids: mx.array) -> tuple[mx.array, mx.array]:
+    def step(ids: mx.array) -> mx.array:
         logits = decoder(ids)[:, :vocab_size].astype(mx.float32)
-        token = sample(logits, temp)
-        mx.async_eval(token)
-        return token, logits
+        mx.async_eval(logits)
+        return logits
 
-    token, logits = step(mx.array([prompt_ids[-1:]]))
+    logits = step(mx.array([prompt_ids[-1:]]))
     if not mx.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite: give another --dtype")
     while True:
-        # The device computes the next token while the caller works with this one.
-        next_token, _ = step(token[:, None])
+        # The device computes what comes after this token while the caller works with it.
+        token = sampler(logits)
+        mx.async_eval(token)  # on its own, so that it is there before the next logits
+        logits = step(token[:, None])
         yield token.item()
-        token = next_token
-
-
-def sample(logits: mx.array, temp: float) -> mx.array:
-    """A token id (B) of the distribution that logits (B, V) give at this temperature."""
-    if temp < MIN_TEMPERATURE:
-        return logits.argmax(-1)
-    return mx.random.categorical(logits / temp)
 
 
 class Decoder:
@@ -88,14 +92,24 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module, caches: list[KVCache] | None = None):
-        args, dtype = model.args, model.norm.weight.dtype
-        blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), dtype)
-        caches = caches or [KVCache(blank, blank, args.sliding_window)] * args.n_layers
-        self.caches = [cache.contiguous() for cache in caches]
-        self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
+        self.args, self.dtype = model.args, model.norm.weight.dtype
+        self.start(caches)
         self.embed, self.norm = model.tok_embeddings, model.norm
         self.output = MergedLinear(model.output_layer)
         self.run_layers = kernel_layers(model) or separate_layers(model)
+
+    def start(self, caches: list[KVCache] | None = None) -> None:
+        """Go on from the positions in other caches, by default from none."""
+        args = self.args
+        blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), self.dtype)
+        caches = caches or [KVCache(blank, blank, args.sliding_window)] * args.n_layers
+        self.caches = [cache.contiguous() for cache in caches]
+        self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
+
+    @property
+    def offset(self) -> int:
+        """The next position."""
+        return self.caches[0].offset
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token after `token`, (1, 1) integer."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from parts import adapter_formats, adapters, chat, cli, schedules
 from parts.cli import did_you_mean
 from parts.files import decode_text
+from parts.sampling import Sampling
 
 COUNT = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
 LENGTH = cli.number(int, lambda n: n >= 2, "a whole number of at least 2")
@@ -22,7 +23,22 @@ UPDATES = cli.number(int, lambda n: 0 <= n <= sys.maxsize, "a whole number of at
 SHARE = cli.number(float, lambda p: 0 <= p < 1, "a number from 0 to below 1")
 RANK = cli.number(int, lambda n: 1 <= n <= 4096, "a whole number from 1 to 4096")
 SCALE = cli.number(float, lambda s: 0 < s <= 1e4, "a number above 0 and up to 10000")
+POSITIVE_SHARE = cli.number(float, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
+FRACTION = cli.number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
+PENALTY = cli.number(float, lambda x: 0 < x <= 100, "a number above 0 and up to 100")
 SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def stop_text(text: str) -> str:
+    """The `type` of a text that ends another."""
+    if not text or not is_unicode(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is {'no text' if not text else 'not UTF-8'}")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text of the command line was valid UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 class Projections(argparse.Action):
@@ -100,6 +116,51 @@ def add_chat_template(add: Callable) -> None:
     )
 
 
+def add_sampling_flags(add: Callable) -> None:
+    """Add the flags of generation that the documented example does not have.
+
+    add: `add_argument` of their group.
+    """
+    add("--top-k", type=UPDATES, default=0, help="sample from so many likeliest tokens, 0: all")
+    add(
+        "--top-p",
+        type=POSITIVE_SHARE,
+        default=1.0,
+        help="sample from the likeliest tokens that together have this probability",
+    )
+    add(
+        "--min-p",
+        type=FRACTION,
+        default=0.0,
+        help="sample from tokens of at least this share of the likeliest one's probability",
+    )
+    add(
+        "--repetition-penalty",
+        type=PENALTY,
+        default=1.0,
+        help="above 1, tokens of the prompt and of the text so far become less likely",
+    )
+    add(
+        "--repetition-window",
+        type=COUNT,
+        metavar="N",
+        help="the last N tokens, to which that penalty applies (default: all)",
+    )
+    add(
+        "--stop",
+        type=stop_text,
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end before this text; may be given several times",
+    )
+
+
+def sampling_of(args: argparse.Namespace) -> Sampling:
+    """Return how the flags want tokens to be chosen."""
+    return Sampling(*(getattr(args, name) for name in Sampling._fields))
+
+
 def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = True) -> None:
     """Find what cannot work before anything is loaded, and read the prompt from `-`.
 
@@ -118,7 +179,7 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         if sys.stdin is None:
             raise ValueError("--prompt - reads standard input, which is closed")
         args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
-    if args.prompt and any("\ud800" <= character <= "\udfff" for character in args.prompt):
+    if args.prompt and not is_unicode(args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:
         raise ValueError("--no-adapter is for --test and --prompt: training makes an adapter")

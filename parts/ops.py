@@ -170,6 +170,14 @@ def quantized_matmul(
     return product(x)
 
 
+def sort(x: mx.array) -> mx.array:
+    """x, float32, in ascending order along its last axis.
+
+    NumPy's sort takes a thirtieth of the time of MLX's on a CPU, but waits until x is computed.
+    """
+    return mx.array(np.sort(np.array(x), axis=-1)) if device.ON_CPU else mx.sort(x, axis=-1)
+
+
 def most_rows_of_mlx() -> float:
     """The rows up to which MLX's product with quantized weights is the fastest."""
     if device.ON_CPU:

@@ -337,7 +337,7 @@ def test_the_greedy_text_is_the_one_that_transformers_reads_out_of_the_source(co
         "Water boils at",
     ):
         prompt_ids = tokenizer.encode(prompt)
-        ids = list(itertools.islice(generate_step(model, prompt_ids, temp=0), 60))
+        ids = list(itertools.islice(generate_step(model, prompt_ids), 60))
         with torch.no_grad():
             logits = reference(torch.tensor([prompt_ids + ids])).logits[0]
         assert logits[len(prompt_ids) - 1 : -1].argmax(-1).tolist() == ids

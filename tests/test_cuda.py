@@ -395,7 +395,7 @@ def test_the_kernel_gives_the_logits_of_the_model(
 def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
     """A process that only generates has none of them compiled."""
     model = Model(ModelArgs(**{**vars(ARGS), "n_layers": 1}))
-    next(generate_step(model, [1, 2, 3], temp=0))
+    next(generate_step(model, [1, 2, 3]))
     assert set(emulated_cuda) == {"decoder_layer"}
 
 

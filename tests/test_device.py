@@ -203,7 +203,8 @@ def flags(tmp_path_factory) -> list[str]:
     return [
         "--data", str(data), "--train", "--iters", "4", "--learning-rate", "1e-2",
         "--steps-per-report", "1", "--val-batches", "1", "--test", "--prompt", "the " * 520,
-        "--temp", "0", "-n", "6", "--adapter-file",
+        "--top-k", "40", "--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.1",
+        "--stop", "nothing of this kind", "-n", "6", "--adapter-file",
     ]  # fmt: skip
 
 

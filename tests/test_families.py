@@ -145,7 +145,7 @@ def test_greedy_text_is_that_of_transformers(pair):
     prompt = torch.tensor(TOKENS[:1, :60])
     settings = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     text = theirs.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)
-    tokens = generate_step(ours, TOKENS[0, :60].tolist(), temp=0)
+    tokens = generate_step(ours, TOKENS[0, :60].tolist())
     assert [next(tokens) for _ in range(20)] == text[0, 60:].tolist()
 
 

@@ -142,7 +142,7 @@ def load(folder: Path, adapter: Path | None = None):
 
 
 def greedy(model: Model, ids: list[int], n: int = 60) -> list[int]:
-    return list(islice(generate_step(model, ids, 0), n))
+    return list(islice(generate_step(model, ids), n))
 
 
 FAMILIES_TO_EXPORT = {

@@ -1,6 +1,5 @@
 """Data, loss, training, generation and errors of lora.py, on a small random model."""
 
-import argparse
 import json
 import math
 import os
@@ -38,6 +37,7 @@ from parts.decoder import generate_step
 from parts.files import decode_text
 from parts.model_folder import count_parameters
 from parts.run_files import is_plot, sibling
+from parts.sampling import Sampling
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -564,10 +564,10 @@ def test_one_token_alone_has_no_speed(tiny_model):
 def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
     model, tokenizer = load_tiny(tiny_model)
     ids = tokenizer.encode("All about llamas. " * 10)
-    whole = list(islice(generate_step(model, ids, 0), 8))
+    whole = list(islice(generate_step(model, ids), 8))
     for pieces in (1, 7, len(ids) - 1, len(ids)):
         monkeypatch.setattr(decoder, "PREFILL_STEP", pieces)
-        assert list(islice(generate_step(model, ids, 0), 8)) == whole
+        assert list(islice(generate_step(model, ids), 8)) == whole
 
 
 def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_path):
@@ -583,8 +583,8 @@ def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_p
 def test_next_to_no_temperature_is_greedy(tiny_model, temp):
     model, tokenizer = load_tiny(tiny_model)
     ids = tokenizer.encode("Hello")
-    greedy = list(islice(generate_step(model, ids, 0), 8))
-    assert list(islice(generate_step(model, ids, temp), 8)) == greedy
+    greedy = list(islice(generate_step(model, ids), 8))
+    assert list(islice(generate_step(model, ids, Sampling(temp)), 8)) == greedy
 
 
 def test_logits_that_are_not_finite_are_a_failure_and_no_text(tmp_path):
@@ -617,7 +617,7 @@ def test_a_terminal_without_unicode_shows_what_it_can(tiny_model):
 def test_generating_does_not_copy_the_cache(tiny_model):
     """On a CPU a copy, 1 MB a layer for keys and values here, would show in the peak."""
     model, tokenizer = load_tiny(tiny_model)
-    ids = generate_step(model, [tokenizer.eos_id] * 3500, 0)
+    ids = generate_step(model, [tokenizer.eos_id] * 3500)
     for _ in range(2):
         next(ids)
     mx.reset_peak_memory()
@@ -694,9 +694,8 @@ def test_text_is_written_every_so_many_tokens(tmp_path, capsys, monkeypatch):
     model, tokenizer = load_tiny(folder)
     written = []
     monkeypatch.setattr(sys.stdout, "write", written.append)
-    lora.generate(
-        model, "Say", tokenizer, argparse.Namespace(num_tokens=8, temp=0.0, write_every=3)
-    )
+    flags = ["-n", "8", "--temp", "0", "--write-every", "3"]
+    lora.generate(model, "Say", tokenizer, lora.build_parser().parse_args(flags))
     assert [piece for piece in written if "the" in piece] == [" the the the"] * 2 + [" the the"]
 
 

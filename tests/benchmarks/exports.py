@@ -104,7 +104,7 @@ def in_lora(folder: Path, adapter: str | Path | None = None) -> Tool:
         lora.load_adapter(model, adapter)
     return Tool(
         lambda ids: np.array(model(mx.array([ids]))[0][0]),
-        lambda ids: until_end(generate_step(model, ids, 0), tokenizer.eos_id),
+        lambda ids: until_end(generate_step(model, ids), tokenizer.eos_id),
     )
 
 

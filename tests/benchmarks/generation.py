@@ -35,7 +35,7 @@ def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], in
     from parts.decoder import generate_step
 
     device.open_streams(1)
-    return lambda prompt, _: generate_step(model, prompt, 0.0)
+    return lambda prompt, _: generate_step(model, prompt)
 
 
 def prepare_mlx_lm(shape: tuple, dtype: str, bits: int, quantize_all: bool = False) -> Callable:

@@ -91,7 +91,7 @@ def load_ours(folder: Path, dtype: str):
     model_folder.load_weights(model, folder / "weights.npz", getattr(mx, dtype))
     yield
     device.open_streams(1)
-    next(generate_step(model, [1], 0.0))
+    next(generate_step(model, [1]))
 
 
 def load_mlx_lm(folder: Path, dtype: str):
