@@ -32,8 +32,8 @@ import torch
 from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts import adapter_export, adapters, chat, cli, export_gguf, export_hugging_face, flags
-from parts import model_folder
+from parts import adapter_export, adapter_formats, adapters, chat, cli, export_gguf
+from parts import export_hugging_face, flags, model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
 from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes, write_npz
@@ -41,6 +41,7 @@ from parts.staging import check_folder, staged_folder
 from parts.tokenizer_export import begin_and_ends
 from parts.tokenizers import Tokenizer
 
+import mlx.core as mx
 from mlx.utils import tree_flatten
 
 import lora
@@ -112,8 +113,10 @@ def check_arguments(args: argparse.Namespace) -> None:
             f"there is no adapter file {args.adapter_file}{did_you_mean(args.adapter_file)}: make "
             "one with lora.py --train, or give --no-adapter for the model alone"
         )
-    if not args.no_adapter and Path(args.adapter_file).is_file():
-        adapters.check_adapter(args.adapter_file)
+    if not args.no_adapter:
+        is_file = Path(args.adapter_file).is_file()
+        check = adapters.check_adapter if is_file else adapter_formats.check_folder
+        check(Path(args.adapter_file))
     target = Path(args.save_path)
     if target.exists() and Path(args.model).exists() and target.samefile(args.model):
         raise ValueError(f"--save-path is the model's own folder, {args.model}: name another")
@@ -141,10 +144,15 @@ def open_model(folder: Path) -> tuple[Model, Tokenizer, dict[str, Weight]]:
     Raises FileNotFoundError or ValueError when a file is missing or malformed, or they do not fit.
     """
     model, tokenizer = model_folder.open_empty(folder, Model, ModelArgs, quantizable)
+    kind = model.args.model_type
+    if kind not in export_hugging_face.ARCHITECTURES:
+        raise ValueError(f"{folder / 'params.json'} has model_type {kind!r}: run convert.py")
     weights = open_weights(folder / "weights.npz", model.args.head_dim)
-    shapes = {name: value.shape for name, value in tree_flatten(model.parameters())}
-    for name in sorted(shapes.keys() | weights.keys()):
-        if name not in weights or name not in shapes or weights[name].shape != shapes[name]:
+    parameters = dict(tree_flatten(model.parameters()))
+    expected = {name: (p.shape, p.dtype == mx.uint32) for name, p in parameters.items()}
+    stored = {name: (w.shape, w.dtype == "uint32") for name, w in weights.items()}
+    for name in sorted(expected.keys() | stored.keys()):
+        if expected.get(name) != stored.get(name):
             raise ValueError(f"{folder / 'weights.npz'}: {name} does not go with params.json")
     return model, tokenizer, weights
 
@@ -221,7 +229,12 @@ def read_template(args: argparse.Namespace, tokenizer: Tokenizer) -> bytes | Non
     if args.chat_template is not None:
         return chat.load_template(args.chat_template, folder, tokenizer).source.encode()
     path = folder / chat.FILE
-    return path.read_bytes() if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return path.read_bytes().decode().encode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def export_adapter(model: Model, args: argparse.Namespace) -> None:

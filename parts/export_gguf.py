@@ -41,6 +41,8 @@ def check_replaceable(path: Path) -> None:
         raise IsADirectoryError(
             f"--save-path {path} is a folder: name a file, as {path}/model.gguf"
         )
+    if not path.resolve().parent.is_dir():
+        raise FileNotFoundError(f"the folder of --save-path {path} does not exist: make it")
     if path.exists() and not is_ours(path):
         raise ValueError(f"--save-path {path} is a file that fuse.py did not make: name another")
 

@@ -43,6 +43,7 @@ FILES = (
     "config.json",
 )
 OTHER_FORMATS = ("weights.npz", "params.json", "consolidated*", "*.bin", "*.pth", "*.gguf")
+OTHER_FORMATS += ("adapter_config.json",)  # transformers would put that adapter on top
 
 
 # -------------------------------------------------------------------------------------------------

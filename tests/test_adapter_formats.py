@@ -463,13 +463,14 @@ def test_a_pickle_is_not_read(plain, folders, tmp_path):
     assert "adapter_model.bin is a pickle, which can run any code" in refusal(plain, folder)
 
 
-def test_lora_tells_of_it_before_it_loads_the_model(folders, tmp_path):
+def test_scripts_tell_of_it_before_they_load_the_model(folders, tmp_path):
     folder = shutil.copytree(folders["peft"], tmp_path / "a")
     for edit, says in (
         (lambda: edit_config(folder, use_dora=True), "has use_dora, DoRA, which cannot be used"),
         (lambda: (folder / "adapter_config.json").unlink(), "is no adapter: name the .npz file"),
     ):
         edit()
-        process = call_script("lora.py", "--model", "no", "--prompt", "x", "--adapter-file", folder)
-        assert process.returncode == 2 and says in process.stderr
-        assert len(process.stderr.splitlines()) == 1
+        for flags in (["lora.py", "--prompt", "x"], ["fuse.py", "--save-path", tmp_path / "out"]):
+            process = call_script(*flags, "--model", "no", "--adapter-file", folder)
+            assert process.returncode == 2 and says in process.stderr
+            assert len(process.stderr.splitlines()) == 1

@@ -541,6 +541,34 @@ def test_config_vouches_for_the_pattern_that_splits_words(plain, tmp_path, docst
     assert versions == {"wrong": None, "right": "5.0.0", "pieces": "5.0.0"}
 
 
+def test_a_damaged_model_is_named(plain, tmp_path):
+    def says(edit, *flags) -> str:
+        folder = shutil.copytree(plain.folder, tmp_path / "m")
+        edit(folder)
+        error = error_of(run(plain._replace(folder=folder), tmp_path / "out", *flags))
+        shutil.rmtree(folder)
+        assert list(tmp_path.iterdir()) == []
+        return error
+
+    def other_kind(folder: Path) -> None:
+        params = json.loads((folder / "params.json").read_text())
+        (folder / "params.json").write_text(json.dumps({**params, "model_type": "x"}))
+
+    def integers(folder: Path) -> None:
+        with np.load(folder / "weights.npz") as weights:
+            arrays = dict(weights)
+        arrays["norm.weight"] = arrays["norm.weight"].astype(np.uint32)
+        np.savez(folder / "weights.npz", **arrays)
+
+    def bytes_of_another(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_bytes(b"\xff")
+
+    assert "params.json has model_type 'x': run convert.py" in says(other_kind)
+    assert "norm.weight does not go with params.json" in says(integers)
+    for kind in ("hf", "gguf"):
+        assert "chat_template.jinja is not UTF-8" in says(bytes_of_another, "--format", kind)
+
+
 def test_what_does_not_fit_is_named(plain, tmp_path):
     folder = shutil.copytree(plain.folder, tmp_path / "m")
     damaged = bytearray((folder / "weights.npz").read_bytes())
@@ -579,18 +607,21 @@ def test_what_fuse_did_not_make_is_left_alone(plain, tmp_path):
         "words": {"tokenizer.json": b"somebody's"},
         "mlx": {"weights.npz": b"arrays", "params.json": b"{}"},
         "meta": {"consolidated.00.pth": b"weights"},
+        "adapter": {"adapter_config.json": b"{}"},
     }
     for name, files in theirs.items():
         (tmp_path / name).mkdir()
         for file, content in files.items():
             (tmp_path / name / file).write_bytes(content)
-        for kind in ("hf", "mlx"):
+        for kind in ("hf",) if name == "adapter" else ("hf", "mlx"):
             assert "name another" in error_of(run(plain, tmp_path / name, "--format", kind))
         assert contents(tmp_path / name) == files
     (tmp_path / "their.gguf").write_bytes(b"GGUF of another")
     for name, says in (("their.gguf", "did not make"), ("hf", "is a folder: name a file")):
         assert says in error_of(run(plain, tmp_path / name, "--format", "gguf"))
     assert "is a file, not a folder" in error_of(run(plain, tmp_path / "their.gguf"))
+    says = error_of(run(plain, tmp_path / "no" / "m.gguf", "--format", "gguf"))
+    assert "m.gguf does not exist: make it" in says and "the folder of --save-path" in says
     assert (tmp_path / "their.gguf").read_bytes() == b"GGUF of another"
 
 
