@@ -74,7 +74,7 @@ class Tool(NamedTuple):
 
 
 class Texts:
-    """Texts, what begins each, and their ids."""
+    """Texts, what begins some, and their ids."""
 
     def __init__(self, folder: Path, texts: list[str], prompts: list[str]):
         _, tokenizer = lora.load_model(folder)
@@ -205,10 +205,10 @@ class Report:
         self.texts = texts
         self.expected = [beside.greedy(ids) for ids in texts.prompts]
         self.logits = [[t.logits(ids)[-1] for ids in texts.prompts] for t in (beside, merged)]
-        n = len(texts.prompts)
         largest = max(np.abs(logits).max() for logits in self.logits[0])
-        print(f"\nLogits of up to {largest:.1f}\n")
-        print(f"| of {n} texts | perplexity | same ids | same greedy text | logits | merged |")
+        counts = f"{len(texts.ids)} texts, {len(texts.prompts)} prompts"
+        print(f"\n{counts}, logits up to {largest:.1f}\n")
+        print("| | perplexity | same ids | same greedy text | logits | merged |")
         print("|---|---|---|---|---|---|")
 
     def add(self, what: str, tool: Tool) -> None:
@@ -287,7 +287,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "base-model-mlx")
     parser.add_argument("--adapter-file", default=str(ROOT / "adapters.npz"))
     parser.add_argument("--data", type=Path, default=ROOT / "mlx-doc-data")
-    parser.add_argument("--texts", type=int, default=20, help="of the test set")
+    parser.add_argument("--texts", type=int, help="of the test set, for the perplexity")
+    parser.add_argument("--prompts", type=int, default=5, help="of these texts, to go on from")
     parser.add_argument("--families", nargs="*", help="small models instead: all, or some by name")
     parser.add_argument("--llama-cpp", type=Path, help="folder of llama-cpp-python, or for it")
     args = parser.parse_args()
@@ -299,7 +300,7 @@ def main() -> None:
             return
         dataset = lora.Dataset(args.data / "test.jsonl")
         texts = [dataset[i] for i in range(len(dataset))][: args.texts]
-        prompts = [f"{text.partition('A: ')[0]}A:" for text in texts]
+        prompts = [f"{text.partition('A: ')[0]}A:" for text in texts[: args.prompts]]
         compare(args.model, args.adapter_file, Texts(args.model, texts, prompts), args, folder)
 
 
@@ -308,13 +309,13 @@ def compare_families(args: argparse.Namespace, folder: Path) -> None:
     from conftest import texts_of_mlx
     from test_fuse import FAMILIES_TO_EXPORT, PROMPT, write_case
 
-    texts = [PROMPT, *texts_of_mlx()[: args.texts - 1]]
+    texts = [PROMPT, *texts_of_mlx()][: args.texts or 20]
     for kind in args.families or FAMILIES_TO_EXPORT:
         family = FAMILIES_TO_EXPORT[kind]
         print(f"\n{kind}: {family}, small")
         (folder / kind).mkdir()
         model, adapter = write_case(folder / kind / "model", family, texts_of_mlx())
-        examples = Texts(model, texts, [text[:30] for text in texts])
+        examples = Texts(model, texts, [text[:30] for text in texts[: args.prompts]])
         compare(model, adapter, examples, args, folder / kind)
 
 
