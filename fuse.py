@@ -13,7 +13,8 @@ hf    a folder for transformers, mlx-lm, vLLM and llama.cpp's converter;
 mlx   a folder for lora.py --model;
 gguf  one file for llama.cpp, Ollama and LM Studio;
 peft, mlx-lm  the adapter alone, a folder for these libraries.
---chat-template, of which lora.py taught the model chats, goes out with it.
+The chat template goes out with the model: its own, or the one of --chat-template, by which
+lora.py taught it chats.
 A quantized model is dequantized, unless --keep-quantized asks for its bits again: these lose part
 of what was learnt, and with --data the script says how much.
 """

@@ -7,8 +7,8 @@
 The test perplexity of the model, of it with the adapter, and of each export in the tool that it is
 for. Of the prompts of the test set, how many greedy texts are the same as with the adapter; a text
 differs from where two tokens are nearly as likely. And how far the logits after a prompt are, at
-most, from those of the adapter beside the model, and from those of the model that it is merged
-into in the same type: the former differ where float16 rounds merged weights, the latter do not.
+most, from those of the adapter beside the model, and from those of `mlx`, float16, in lora.py:
+float16 rounds merged weights, in each tool to the same.
 --families: of small random models instead, of the kinds of tests/test_families.py.
 
 llama.cpp is built from the source distribution of llama-cpp-python into a folder, unless it is
