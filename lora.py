@@ -41,6 +41,7 @@ from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sam
 from parts.flags import add_update_flags, check_arguments, sampling_of
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
+from parts.packing import packed_batches
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import Record, Records
 from parts.run_files import warn_of_replaced
@@ -275,6 +276,7 @@ def iterate_batches(
     train: bool = False,
     seed: int = 0,
     skip: int = 0,
+    pack: int | None = None,
 ) -> Iterator[tuple[mx.array, ...]]:
     """Yield batches of sequences of similar length, in a random order that `seed` decides.
 
@@ -283,9 +285,12 @@ def iterate_batches(
     masked, the targets that do not count are -1, or left out: a fourth array then holds the others'
     positions, for `loss`. Evaluation is one pass over all records. Training never ends; an epoch's
     order depends on `seed` and the epoch alone, and what does not fill a batch is left out, other
-    records in each epoch. The first `skip` batches are left out.
+    records in each epoch. The first `skip` batches are left out. With `pack`, for training, texts
+    share rows (`packed_batches`): a batch has as many tokens as `batch_size` rows of `pack`.
     """
     rows = dset.encode(tokenizer)
+    if pack is not None:
+        yield from packed_batches(rows, batch_size, pack, seed, skip)  # for ever
     padded = bucket_lengths(rows.lengths)
     batch_size = min(batch_size, len(rows))
     epochs_done, skip = divmod(skip, len(rows) // batch_size) if train else (0, skip)
@@ -436,8 +441,9 @@ def train(
     meter, done = state.meter, state.meter.iteration
     step = make_step(model, optimizer, loss, streams, ranks, args.max_grad_norm)
     skip = done * args.grad_accumulation
+    pack = args.max_seq_length if args.pack else None
     batches = iterate_batches(
-        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=skip
+        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=skip, pack=pack
     )
     batches = dropout.add_keys(batches, args.lora_dropout, args.seed, skip)
     update = accumulated(step, batches, args.grad_accumulation)

@@ -9,6 +9,7 @@ H = `n_heads`, K = `n_kv_heads`, V = `vocab_size`.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import ops
@@ -205,12 +206,21 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(args.head_dim, args.norm_eps)
             self.k_norm = RMSNorm(args.head_dim, args.norm_eps)
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
-        """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
-        return self.attend(*self.project(x, cache.offset if cache else 0), cache)
+    def __call__(
+        self, x: mx.array, cache: KVCache | None = None, packed: ops.PackedRows | None = None
+    ) -> tuple[mx.array, KVCache]:
+        """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache.
 
-    def project(self, x: mx.array, offset: int = 0) -> tuple[mx.array, mx.array, mx.array]:
-        """Queries (B, H, L, head_dim), and keys and values (B, K, L, head_dim)."""
+        packed: of rows that hold several texts.
+        """
+        offset = cache.offset if cache else 0
+        return self.attend(*self.project(x, packed.positions if packed else offset), cache, packed)
+
+    def project(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, ...]:
+        """Queries (B, H, L, head_dim), and keys and values (B, K, L, head_dim).
+
+        offset: the first position, or all (B, L).
+        """
         # (B, L, heads, head_dim), then (B, heads, L, head_dim)
         queries, keys, values = (
             layer(x).reshape(*x.shape[:2], -1, self.head_dim)
@@ -223,7 +233,12 @@ class Attention(nn.Module):
         return tuple(heads.swapaxes(1, 2) for heads in (queries, keys, values))
 
     def attend(
-        self, queries: mx.array, keys: mx.array, values: mx.array, cache: KVCache | None = None
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        cache: KVCache | None = None,
+        packed: ops.PackedRows | None = None,
     ) -> tuple[mx.array, KVCache]:
         """The output (B, L, D) for what `project` returns, and a new cache."""
         if cache is None:
@@ -231,7 +246,7 @@ class Attention(nn.Module):
         else:
             cache = cache.copy()  # the caller's stays as it is
             cache.update(keys, values)
-        out = ops.attention(queries, *cache.filled(), self.scale, self.window)
+        out = ops.attention(queries, *cache.filled(), self.scale, self.window, packed)
         return self.wo(out.transpose(0, 2, 1, 3).flatten(-2)), cache
 
     def normed(self, queries: mx.array, keys: mx.array) -> tuple[mx.array, mx.array]:
@@ -265,21 +280,27 @@ class TransformerBlock(nn.Module):
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
 
-    def __call__(self, x: mx.array, cache: KVCache | None = None) -> tuple[mx.array, KVCache]:
-        """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache."""
+    def __call__(
+        self, x: mx.array, cache: KVCache | None = None, packed: ops.PackedRows | None = None
+    ) -> tuple[mx.array, KVCache]:
+        """x: (B, L, D), the positions after those in `cache`. Returns (B, L, D) and a new cache.
+
+        packed: of rows that hold several texts.
+        """
         if cache is not None or not self.training:
-            attended, cache = self.attention(self.attention_norm(x), cache)
+            attended, cache = self.attention(self.attention_norm(x), cache, packed)
             x = x + attended
             return x + self.feed_forward(self.ffn_norm(x)), cache
-        x, *heads = ops.recomputed(self, self.before_attention)(x)
-        attended, cache = self.attention.attend(*heads)
+        before = partial(self.before_attention, offset=packed.positions if packed else 0)
+        x, *heads = ops.recomputed(self, before)(x)
+        attended, cache = self.attention.attend(*heads, packed=packed)
         x, normed = self.ffn_norm.with_residual(x + attended)
         return x + self.feed_forward(normed), cache
 
-    def before_attention(self, x: mx.array) -> tuple[mx.array, ...]:
+    def before_attention(self, x: mx.array, offset: int | mx.array = 0) -> tuple[mx.array, ...]:
         """x, and its queries, keys and values."""
         x, normed = self.attention_norm.with_residual(x)
-        return x, *self.attention.project(normed)
+        return x, *self.attention.project(normed, offset)
 
 
 class Model(nn.Module):
@@ -319,12 +340,21 @@ class Model(nn.Module):
     def hidden(
         self, inputs: mx.array, cache: list[KVCache] | None = None
     ) -> tuple[mx.array, list[KVCache]]:
-        """What `__call__` computes but for the output projection: x (B, L, D), normalised."""
-        x = self.tok_embeddings(inputs)  # (B, L, D)
+        """What `__call__` computes but for the output projection: x (B, L, D), normalised.
+
+        inputs: may be (B, L, 2), of rows that hold several texts, none of which sees another: token
+        ids, and their positions in their texts.
+        """
+        inputs, positions = (inputs[..., 0], inputs[..., 1]) if inputs.ndim == 3 else (inputs, None)
+        x, packed = self.tok_embeddings(inputs), None  # (B, L, D)
+        if positions is not None:
+            n_shared = self.args.n_heads // self.args.n_kv_heads
+            packed = ops.packed_rows(positions, n_shared, self.args.sliding_window, x.dtype)
         cache = cache or [None] * len(self.layers)
         new_cache = []
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            run = nn.utils.checkpoint(layer) if self.grad_checkpoint else layer
+            run = partial(layer, packed=packed)
+            run = nn.utils.checkpoint(layer, run) if self.grad_checkpoint else run
             x, layer_cache = run(x, layer_cache)
             new_cache.append(layer_cache)
         return self.norm(x), new_cache

@@ -35,7 +35,14 @@ def pad_batch(rows: list[np.ndarray], length: int, masked: bool = False) -> tupl
         padded[i, : len(row)] = row
     lengths = np.array([len(row) - 1 for row in rows], np.int32)
     inputs, targets = np.where(padded < 0, ~padded, padded)[:, :-1], padded[:, 1:]
-    positions = ()
+    return to_arrays(inputs, targets, lengths, masked)
+
+
+def to_arrays(
+    inputs: np.ndarray, targets: np.ndarray, lengths: np.ndarray, masked: bool
+) -> tuple[mx.array, ...]:
+    """Return the arrays of a batch, for `lora.loss`: see `pad_batch`. inputs: (B, L, ...)."""
+    length, positions = targets.shape[1], ()
     if masked:
         counts = (targets >= 0) & (np.arange(length) < lengths[:, None])
         targets = np.where(counts, targets, -1)

@@ -14,7 +14,7 @@ from parts.model_folder import checksums
 DECISIVE_FLAGS = (
     "batch_size", "dtype", "grad_accumulation", "learning_rate", "lora_dropout", "lora_layers",
     "lora_projections", "lora_rank", "lora_scale", "lr_schedule", "mask_prompt", "max_grad_norm",
-    "seed", "warmup", "weight_decay",
+    "pack", "seed", "warmup", "weight_decay",
 )  # fmt: skip
 # Of params.json, what folders of earlier versions do not tell, so that they may be made again.
 MAY_BE_UNKNOWN = ("max_position_embeddings", "bos_id", "eos_ids")
@@ -28,6 +28,7 @@ FORMER_VALUES = {
     "--lr-schedule": "constant",
     "--mask-prompt": False,
     "--max-grad-norm": None,
+    "--pack": False,
     "--warmup": 0,
     "--weight-decay": 0,
 }
@@ -47,6 +48,8 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
     if args.lr_schedule != "constant":  # it depends on how many updates there are
         flags["--iters"] = args.iters
+    if args.pack:  # it decides which texts share a row
+        flags["--max-seq-length"] = args.max_seq_length
     return {
         "the model": digest(checksums(Path(args.model) / "weights.npz")),
         "params.json": params,

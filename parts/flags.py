@@ -103,6 +103,12 @@ def add_data_flags(add: Callable) -> None:
         action="store_true",
         help="the loss counts completions, and of chats the assistant's answers, alone",
     )
+    add(
+        "--pack",
+        action="store_true",
+        help="short texts share rows, none sees another: a batch is --batch-size times "
+        "--max-seq-length tokens of as many texts as that holds",
+    )
     add_chat_template(add)
 
 

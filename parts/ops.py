@@ -7,6 +7,7 @@ kernel of CUDA (ops_cuda) or MLX's own computes it. All forms agree, and have gr
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -76,18 +77,48 @@ def linear_cross_entropy(
     return losses.reshape(targets.shape)
 
 
+class PackedRows(NamedTuple):
+    """Rows that hold several texts, none of which sees another."""
+
+    positions: mx.array  # (B, L), of each token in its text
+    masks: mx.array | list[ops_cpu.BlockMask]  # for `attention`
+
+
+def packed_rows(
+    positions: mx.array, n_shared: int, window: int | None, dtype: mx.Dtype
+) -> PackedRows:
+    """Prepare what all layers have in common.
+
+    positions: (B, L) int32. n_shared: heads that share a key head. window: see `attention`. dtype:
+    of the queries.
+    """
+    if device.ON_CPU:
+        return PackedRows(positions, ops_cpu.packed_masks(positions, n_shared, window, dtype))
+    length = positions.shape[1]
+    seen = age_table(length) <= positions[..., None]  # by a query at this position of its text
+    seen = seen & window_mask(length, length, window or length)
+    return PackedRows(positions, mx.where(seen, 0, mx.finfo(dtype).min).astype(dtype)[:, None])
+
+
 def attention(
     queries: mx.array,
     keys: mx.array,
     values: mx.array,
     scale: float,
     window: int | None = None,
+    packed: PackedRows | None = None,
 ) -> mx.array:
     """Scaled dot-product attention. The last query sees all keys, each earlier one a key fewer;
-    with a `window`, only so many of the last keys that it would see.
+    with a `window`, only so many of the last keys that it would see; in `packed` rows, of these
+    the keys of its text.
 
     queries: (B, H, L, head_dim); keys and values: (B, K, S, head_dim). Returns the queries' shape.
     """
+    if packed is not None:
+        if device.ON_CPU:
+            return ops_cpu.packed_attention(queries, keys, values, scale, packed.masks)
+        mask = packed.masks
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
     if window is not None:  # drop the keys that no query sees
         n_seen = queries.shape[2] + window - 1
         keys, values = keys[:, :, -n_seen:], values[:, :, -n_seen:]
@@ -109,11 +140,18 @@ def window_mask(length: int, n_keys: int, window: int) -> mx.array:
     return mx.array((ages >= 0) & (ages < window))
 
 
+@lru_cache(maxsize=4)
+def age_table(length: int) -> mx.array:
+    """How many positions (length, length) each key is before each query."""
+    return mx.array(np.arange(length, dtype=np.int32)[:, None] - np.arange(length, dtype=np.int32))
+
+
 def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False) -> mx.array:
     """Rotate each pair of neighbouring channels by an angle that grows with the position.
 
     x: (B, L, heads, head_dim), the positions from `offset` on, which for one position may be an
-    array. Returns the same shape. In `training`, CUDA has a kernel for it and for its gradient.
+    array; or where `offset` is (B, L), these positions. Returns the same shape. In `training`,
+    CUDA has a kernel for it and for its gradient.
     """
     batch, length, heads, head_dim = x.shape
     if device.ON_CPU:
@@ -124,7 +162,9 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False
     if factor != 1:
         x = x * factor
     if length > 1:  # one for each row: MLX then takes x as it lies
-        offset = mx.tile(mx.arange(offset, offset + length), batch)
+        is_packed = isinstance(offset, mx.array) and offset.ndim == 2
+        each = offset.flatten() if is_packed else mx.arange(offset, offset + length)
+        offset = each if is_packed else mx.tile(each, batch)
     options = {"traditional": True, "base": rope.theta, "scale": 1.0, "offset": offset}
     if rope.scaling:
         options.update(base=None, freqs=wavelength_table(rope))

@@ -6,6 +6,7 @@ it must be, and in the cheapest of MLX's ways. The forward pass keeps what the g
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -97,6 +98,45 @@ def attention(
     return mx.concatenate(blocks, axis=2)
 
 
+class BlockMask(NamedTuple):
+    """Which keys the queries of a block see, in packed rows."""
+
+    queries: slice
+    keys: slice  # all that one of them sees
+    mask: mx.array  # (B, 1, n_shared * n, n_keys), to add to the scores
+
+
+def packed_masks(
+    positions: mx.array, n_shared: int, window: int | None, dtype: mx.Dtype
+) -> list[BlockMask]:
+    """See `ops.packed_rows`. A mask for each block of queries."""
+    places, masks = np.array(positions), []
+    length = places.shape[1]
+    for start in range(0, length, QUERY_BLOCK):
+        end = min(start + QUERY_BLOCK, length)
+        ages = np.minimum(places[:, start:end], length if window is None else window - 1)
+        first = int((np.arange(start, end) - ages).min())  # key that one of the queries sees
+        distances = np.arange(start, end)[:, None] - np.arange(first, end)
+        hidden = (distances < 0) | (distances > ages[..., None])
+        mask = np.tile(np.where(hidden, -np.inf, 0), (1, n_shared, 1))[:, None]
+        masks.append(BlockMask(slice(start, end), slice(first, end), mx.array(mask, dtype)))
+    return masks
+
+
+def packed_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, masks: list[BlockMask]
+) -> mx.array:
+    """See `ops.attention`."""
+    batch, n_heads, _, head_dim = queries.shape
+    blocks = []
+    for block, seen, mask in masks:
+        rows = queries[:, :, block] * scale
+        rows = rows.reshape(batch, keys.shape[1], -1, head_dim)
+        out, *_ = masked_attention(rows, keys[:, :, seen], values[:, :, seen], mask)
+        blocks.append(out.reshape(batch, n_heads, -1, head_dim))
+    return mx.concatenate(blocks, axis=2)
+
+
 @lru_cache(maxsize=16)  # what the layers have in common
 def causal_mask(
     n: int, n_keys: int, group_size: int, dtype: mx.Dtype, window: int | None = None
@@ -146,15 +186,20 @@ def masked_attention_vjp(
 # Rotary positions
 
 
-def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
+def rope(x: mx.array, offset: int | mx.array, rope: Rope) -> mx.array:
     """See `ops.rope`."""
-    tables = cos_sin(offset, x.shape[1], rope)
+    if isinstance(offset, mx.array) and offset.ndim == 2:
+        tables = (table[offset] for table in cos_sin(0, x.shape[1], rope))
+    else:
+        tables = cos_sin(offset, x.shape[1], rope)
     return rotate(x, *(table.astype(x.dtype) for table in tables))
 
 
 @mx.custom_function
 def rotate(x: mx.array, cosines: mx.array, sines: mx.array) -> mx.array:
-    """Rotate pairs of channels of x (B, L, heads, head_dim) by angles (L, 1, head_dim)."""
+    """Rotate pairs of channels of x (B, L, heads, head_dim) by angles (L, 1, head_dim), or of each
+    row (B, L, 1, head_dim).
+    """
     return x * cosines + x @ rotate_half_matrix(x.shape[-1], x.dtype) * sines
 
 

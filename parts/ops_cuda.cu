@@ -65,15 +65,16 @@ extern "C" __global__ void rms_norm_gradient(
 
 // Rotate pairs of channels of (rows, length, heads, head_dim) by the angles of their positions, or
 // back by them where `direction` is -1, times the amplitude: a float, passed as an integer.
+// `positions` are those of each row's tokens, or of all: (length) that all rows have in common.
 extern "C" __global__ void rope(
-    const Packed8* inputs, const float* frequencies, Packed8* outputs,
-    unsigned n_threads, int length, int heads, int head_dim, int offset, int direction,
+    const Packed8* inputs, const float* frequencies, const int* positions, Packed8* outputs,
+    unsigned n_threads, int n_positions, int heads, int head_dim, int direction,
     int amplitude_bits
 ) {
     unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
     if (at >= n_threads) return;
     Packed8 channels = inputs[at];
-    int position = at / per_head / heads % length + offset;
+    int position = positions[at / per_head / heads % n_positions];
     float amplitude = __int_as_float(amplitude_bits);
     for (int i = 0; i < 8; i += 2) {
         float sine, cosine, a = channels.values[i], b = channels.values[i + 1];

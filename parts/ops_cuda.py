@@ -1,5 +1,7 @@
 """The training kernels of ops_cuda.cu: what MLX computes in several passes over memory, in one."""
 
+from functools import lru_cache
+
 import numpy as np
 
 from parts import device, nvrtc
@@ -70,14 +72,15 @@ def rms_norm_residual(x: mx.array, weight: mx.array, eps: float) -> tuple[mx.arr
     return both(x)
 
 
-def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
+def rope(x: mx.array, offset: int | mx.array, rope: Rope) -> mx.array:
     """See `ops.rope`; for training."""
     _, length, heads, head_dim = x.shape
-    frequencies, amplitude_bits = frequency_table(rope), float_bits(amplitude(rope))
+    positions = offset if isinstance(offset, mx.array) else position_table(offset, length)
+    tables, amplitude_bits = [frequency_table(rope), positions], float_bits(amplitude(rope))
 
     def rotate(x: mx.array, direction: int) -> mx.array:
-        sizes = length, heads, head_dim, offset, direction, amplitude_bits
-        return run_kernel("rope", x.size // 8, [x, frequencies], 1, *sizes)[0]
+        sizes = positions.size, heads, head_dim, direction, amplitude_bits
+        return run_kernel("rope", x.size // 8, [x, *tables], 1, *sizes)[0]
 
     @mx.custom_function
     def rotated(x: mx.array) -> mx.array:
@@ -88,3 +91,9 @@ def rope(x: mx.array, offset: int, rope: Rope) -> mx.array:
         return rotate(cotangent, -1)
 
     return rotated(x)
+
+
+@lru_cache(maxsize=256)  # a length of a batch each
+def position_table(offset: int, length: int) -> mx.array:
+    """The positions (length,), int32, from `offset` on."""
+    return mx.array(np.arange(offset, offset + length, dtype=np.int32))
