@@ -41,7 +41,7 @@ from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sam
 from parts.flags import add_update_flags, check_arguments, sampling_of
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
-from parts.packing import packed_batches
+from parts.packing import make_packing, packed_batches
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import Record, Records
 from parts.run_files import warn_of_replaced
@@ -591,15 +591,18 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
             are = f"{len(left_out)} records are" if len(left_out) > 1 else "a record is"
             warn(f"{are} left out, of which nothing counts ({left_out[0]}), see --mask-prompt")
     if args.train:
-        if len(train_set) < args.batch_size:
+        rows = train_set.encode(tokenizer)
+        sizes = args.batch_size, args.max_seq_length
+        packing = make_packing(rows.lengths, *sizes) if args.pack else None
+        if len(rows) < args.batch_size or (packing and packing.n_rows == packing.batch_rows):
             warn(f"a batch is {len(train_set)} texts, since there are no more for training")
         if val_set is None:
             warn(f"there is no {Path(args.data) / 'valid.jsonl'}: nothing is validated")
         say("Training")
         if ranks.rank == 0:
             warn_of_replaced(args.adapter_file, args.resume_adapter_file)
-        args.iters = count_updates(args, len(train_set.encode(tokenizer)))
-        run_log.announce(model, train_set.encode(tokenizer), len(val_set or ()), args, ranks.size)
+        args.iters = count_updates(args, len(rows), packing)
+        run_log.announce(model, rows, len(val_set or ()), args, ranks.size, packing)
         train(model, train_set, val_set, make_optimizer(args), loss, tokenizer, args, ranks)
     if args.test:
         say("Testing")

@@ -44,6 +44,7 @@ chat              chats to text by templates, and what of it the assistant answe
 chat_renderer     templates rendered in a process of its own, which the system may end
 token_rows        records to rows of token ids, and which of them count in the loss
 batches           rows of token ids to arrays of few lengths
+packing           short texts that share a row
 
 flags             lora.py's command line: numbers, and what cannot be given together
 training          what a training does around its steps

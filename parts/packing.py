@@ -41,6 +41,11 @@ class Packing:
         """The batches of an epoch."""
         return self.n_rows // self.batch_rows
 
+    def summary(self) -> str:
+        """Return what to add to the number of texts."""
+        share = f"{100 * self.fullness:.1f} % full"
+        return f" in {self.n_rows} rows of {self.row_length}, {share}"
+
 
 def make_packing(lengths: np.ndarray, batch_size: int, max_length: int) -> Packing:
     """Return the packing of texts of these lengths, in tokens (n,), of which none is above

@@ -21,6 +21,7 @@ from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.adapters import describe_lora
 from parts.cli import warn
 from parts.files import atomic_write
+from parts.packing import Packing
 from parts.run_files import PLOT_TITLE, parse_entry, sibling
 
 import mlx.core as mx
@@ -44,15 +45,17 @@ def announce(
     n_val_texts: int,
     args: argparse.Namespace,
     n_ranks: int,
+    packing: Packing | None = None,
 ) -> None:
     """Say what the training will do, and warn of what makes no sense together.
 
-    train_rows: the token ids of each text.
+    train_rows: the token ids of each text. packing: of them, if they are packed.
     """
     n_tokens = sum(len(row) - 1 for row in train_rows)
-    n_rows = min(args.batch_size, len(train_rows))
+    n_rows = packing.batch_rows if packing else min(args.batch_size, len(train_rows))
     n_batches = args.grad_accumulation  # of an update
-    steps = len(train_rows) // n_rows / n_batches  # of an epoch, as in `iterate_batches`
+    per_epoch = packing.n_batches if packing else len(train_rows) // n_rows
+    steps = per_epoch / n_batches  # of an epoch, as in `iterate_batches`
     rows = f"{n_batches} x {n_rows}" if n_batches > 1 else n_rows
     dtype = str(model.norm.weight.dtype).removeprefix("mlx.core.")
     on = f", {n_ranks} ranks," if n_ranks > 1 else ""
@@ -60,8 +63,9 @@ def announce(
         dtype += f", {bits} bits a weight"
     say(
         f"On {mx.default_device().type.name}{on} in {dtype}: LoRA of "
-        f"{describe_lora(model)}; {len(train_rows)} texts, {n_tokens} tokens; {args.iters} "
-        f"iterations of {rows}, {args.iters / steps:.2f} epochs"
+        f"{describe_lora(model)}; {len(train_rows)} texts, {n_tokens} tokens"
+        f"{packing.summary() if packing else ''}; {args.iters} iterations of {rows}, "
+        f"{args.iters / steps:.2f} epochs"
     )
     if args.iters < steps:
         warn(f"{what_is_given(args)} does not finish an epoch, which has {math.ceil(steps)}")

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.packing import Packing
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -17,15 +18,16 @@ import mlx.optimizers as optim
 SCHEDULES = ("constant", "linear", "cosine")
 
 
-def count_updates(args: argparse.Namespace, n_rows: int) -> int:
-    """Return how many updates a run makes: `--iters`, or what `--epochs` take of `n_rows` rows.
+def count_updates(args: argparse.Namespace, n_rows: int, packing: Packing | None = None) -> int:
+    """Return how many updates a run makes: `--iters`, or what `--epochs` take of `n_rows` texts, or
+    of how these are packed.
 
     An epoch is the batches of `iterate_batches`. Its last update may reach into the next one, so
     that all of it is trained on. Raises ValueError where the warmup leaves no update.
     """
     iters = args.iters
     if args.epochs is not None:
-        n_batches = n_rows // min(args.batch_size, n_rows)
+        n_batches = packing.n_batches if packing else n_rows // min(args.batch_size, n_rows)
         exact = args.epochs * n_batches / args.grad_accumulation
         iters = max(1, math.ceil(round(exact, 6)))  # 0.1 of 30 is 3, and not 4
     if args.warmup >= iters:

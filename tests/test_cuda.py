@@ -409,18 +409,26 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     assert "decoder_layer" not in emulated_cuda
 
 
-def gradients_of(model: Model, tokens: mx.array, lengths: mx.array) -> mx.array:
-    """The gradients of the model's loss, as one vector."""
-    _, tree = nn.value_and_grad(model, lora.loss)(model, tokens[:, :-1], tokens[:, 1:], lengths)
+def gradients_of(
+    model: Model, tokens: mx.array, lengths: mx.array, positions: mx.array | None = None
+) -> mx.array:
+    """The gradients of the model's loss, as one vector. positions: where rows are packed."""
+    inputs = tokens[:, :-1]
+    if positions is not None:
+        inputs = mx.stack([inputs, positions], -1)
+    _, tree = nn.value_and_grad(model, lora.loss)(model, inputs, tokens[:, 1:], lengths)
     return to_vector(tree)
 
 
-@pytest.mark.parametrize(("checkpoint", "family"), [(False, "llama"), (True, "qwen3")])
+@pytest.mark.parametrize(
+    ("checkpoint", "family", "packed"),
+    [(False, "llama", False), (True, "qwen3", False), (True, "mistral", True)],
+)
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float32", 1e-5), ("float16", 3e-3), ("bfloat16", 3e-2)]
 )
 def test_a_training_step_has_the_gradients_of_the_plain_network(
-    dtype, tolerance, checkpoint, family, emulated_cuda, monkeypatch
+    dtype, tolerance, checkpoint, family, packed, emulated_cuda, monkeypatch
 ):
     mx.random.seed(1)
     model = Model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}))
@@ -430,8 +438,8 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     tokens, lengths = mx.random.randint(0, 50, (3, 11)), mx.array([10, 7, 9])
     norm = model.layers[1].ffn_norm
     norm.weight = mx.random.uniform(0.5, 1.5, norm.weight.shape)
-
-    gradients = partial(gradients_of, model, tokens, lengths)
+    positions = mx.array([[*range(4), *range(6)], [*range(10)], [*range(1), *range(9)]])
+    gradients = partial(gradients_of, model, tokens, lengths, positions if packed else None)
     with monkeypatch.context() as plain:
         plain.setattr(ops_cuda, "has_kernels", lambda x: False)
         expected = gradients()
