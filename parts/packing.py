@@ -57,10 +57,11 @@ def make_packing(lengths: np.ndarray, batch_size: int, max_length: int) -> Packi
         row_length = -(-(max_length - 1) // (n_parts * MULTIPLE)) * MULTIPLE
         row_of = best_fit(sizes, row_length)
         n_rows = int(row_of.max()) + 1
-        fullness = sizes.sum() / (n_rows * row_length)
-        if n_parts == 1 or fullness >= FULL:
+        is_full = sizes.sum() >= FULL * (n_rows - 1) * row_length  # but for the last row
+        if n_parts == 1 or is_full:
             batch_rows = min(batch_size * n_parts, n_rows)
-            return Packing(row_length, batch_rows, row_of, n_rows, float(fullness))
+            fullness = float(sizes.sum() / (n_rows * row_length))
+            return Packing(row_length, batch_rows, row_of, n_rows, fullness)
         n_parts //= 2
 
 

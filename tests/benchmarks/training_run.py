@@ -2,10 +2,13 @@
 
     python tests/benchmarks/training_run.py --shape small --iters 40
     python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --iters 258
+    python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --iters 500 \\
+        --contenders ours "ours, packed" mlx-lm
 
-Both train on the texts of --data, as the base model's tokenizer cuts them, with random weights, in
+All train on the texts of --data, as the base model's tokenizer cuts them, with random weights, in
 a process of their own, in turns. The time is that of the whole run: tokenizing, batches, compiling,
-steps and reports. Needs mlx-lm.
+steps and reports. Batches are of 4 texts of at most 2,048 tokens; packed, of 4 times 2,048 tokens,
+and as many epochs take fewer iterations. Needs mlx-lm.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +26,7 @@ from types import SimpleNamespace
 from sentencepiece import SentencePieceProcessor
 from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
 
+BATCH_SIZE, MAX_LENGTH = 4, 2048
 ITERS_BEFORE = 2  # so that what a device compiles once and keeps on disk is not counted
 
 
@@ -31,19 +36,25 @@ def with_vocabulary_of(args: argparse.Namespace) -> tuple:
     return *front, SentencePieceProcessor(model_file=args.tokenizer).vocab_size(), batch, length
 
 
-def run_ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
-    """Tokens and seconds of a run of our `train`."""
+def run_ours(args: argparse.Namespace, folder: Path, pack: bool = False) -> tuple[int, float]:
+    """Tokens and seconds of a run of our `train`, as many epochs packed as not."""
     model = make_ours(with_vocabulary_of(args), args.dtype, 16)
     import lora
+    from parts.packing import make_packing
 
     import mlx.optimizers as optim
 
     tokenizer = lora.Tokenizer(args.tokenizer)
     dataset = lora.Dataset(args.data)
+    lengths, n_iters = dataset.encode(tokenizer).lengths, args.iters
+    if pack:
+        packing = make_packing(lengths, BATCH_SIZE, MAX_LENGTH)
+        n_iters = round(args.iters * BATCH_SIZE / len(lengths) * packing.n_batches)
 
     def train(iters: int) -> None:
         flags = ["--train", "--iters", str(iters), "--val-batches", "1"]
-        flags += ["--adapter-file", str(folder / "adapters.npz")]
+        flags += ["--adapter-file", str(folder / "adapters.npz"), *["--pack"] * pack]
+        flags += ["--batch-size", str(BATCH_SIZE), "--max-seq-length", str(MAX_LENGTH)]
         options = lora.build_parser().parse_args(flags)
         optimizer = optim.Adam(1e-5)
         lora.train(model, dataset, dataset, optimizer, lora.loss, tokenizer, options)
@@ -51,10 +62,11 @@ def run_ours(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
     train(ITERS_BEFORE)
     dataset = lora.Dataset(args.data)
     start = time.perf_counter()
-    train(args.iters)
+    train(n_iters)
     seconds = time.perf_counter() - start
-    batches = lora.iterate_batches(dataset, tokenizer, 4, train=True)
-    return sum(int(lengths.sum()) for *_, lengths in islice(batches, args.iters)), seconds
+    options = {"train": True, "pack": MAX_LENGTH if pack else None}
+    batches = lora.iterate_batches(dataset, tokenizer, BATCH_SIZE, **options)
+    return sum(int(lengths.sum()) for *_, lengths in islice(batches, n_iters)), seconds
 
 
 def run_mlx_lm(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
@@ -84,7 +96,8 @@ def run_mlx_lm(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
         nonlocal n_tokens
         n_tokens = 0
         options = TrainingArgs(
-            batch_size=4,
+            batch_size=BATCH_SIZE,
+            max_seq_length=MAX_LENGTH,
             iters=iters,
             val_batches=1,
             steps_per_eval=10**9,
@@ -99,7 +112,11 @@ def run_mlx_lm(args: argparse.Namespace, folder: Path) -> tuple[int, float]:
     return n_tokens, time.perf_counter() - start
 
 
-CONTENDERS = {"ours": run_ours, "mlx-lm": run_mlx_lm}
+CONTENDERS = {
+    "ours": run_ours,
+    "ours, packed": partial(run_ours, pack=True),
+    "mlx-lm": run_mlx_lm,
+}
 
 
 def main() -> None:
@@ -111,6 +128,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "mlx-doc-data/train.jsonl"))
     parser.add_argument("--tokenizer", default=str(ROOT / "base-model/tokenizer.model"))
     parser.add_argument("--fast-blas", action="store_true", help="give mlx-lm the BLAS we load")
+    names = {"nargs": "+", "choices": CONTENDERS, "default": ["ours", "mlx-lm"]}
+    parser.add_argument("--contenders", **names)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -119,20 +138,19 @@ def main() -> None:
         print(json.dumps({"tokens": n_tokens, "seconds": seconds}))
         return
 
-    rates = {name: [] for name in CONTENDERS}
+    rates = {name: [] for name in args.contenders}
     for _ in range(args.rounds):
-        for name in CONTENDERS:
+        for name in rates:
             command = [sys.executable, *sys.argv, "--one", name]
             output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
             result = json.loads(output.splitlines()[-1])
             rates[name].append(result["tokens"] / result["seconds"])
     print(f"{args.shape}, {args.dtype}, {args.iters} iterations, medians of {args.rounds} rounds")
-    print("| | real tokens/s | ours to it |")
+    print("| | real tokens/s | ratio to the last |")
     print("|---|---|---|")
-    ours = statistics.median(rates["ours"])
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        print(f"| {name} | {rate:,.0f} | {ours / rate:.2f} |", flush=True)
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    for name, rate in medians.items():
+        print(f"| {name} | {rate:,.0f} | {rate / medians[args.contenders[-1]]:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
