@@ -49,10 +49,11 @@ class Packing:
 
 def make_packing(lengths: np.ndarray, batch_size: int, max_length: int) -> Packing:
     """Return the packing of texts of these lengths, in tokens (n,), of which none is above
-    `max_length`: in the shortest rows that are full, of some fractions of `max_length`.
+    `max_length`, in rows of that length, or of a half, a quarter ... of it: the shortest that are
+    full. By powers of two, since the products of a GPU want round numbers of rows.
     """
     sizes = -np.sort(-(lengths - 1))  # the inputs of each text, descending
-    n_parts = max(1, (max_length - 1) // int(sizes[0]))
+    n_parts = 1 << max(1, (max_length - 1) // int(sizes[0])).bit_length() - 1
     while True:
         row_length = -(-(max_length - 1) // (n_parts * MULTIPLE)) * MULTIPLE
         row_of = best_fit(sizes, row_length)
