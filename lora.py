@@ -252,9 +252,10 @@ def loss(
     """Return the mean cross-entropy in nats over the targets that count, and their number.
 
     Every token of a text counts, a question's too, up to EOS; padding does not.
-    inputs, targets: (B, L); lengths: (B,), the targets of a row that count, from its first on,
-    except negative ones. Where none counts, both are 0. positions: (B, P), where few count, the
-    positions of `targets`, then (B, P) too; the others cost no logits (`batches.keep_targets`).
+    inputs, targets: (B, L), of packed rows inputs (B, L, 2); lengths: (B,), the targets of a row
+    that count, from its first on, except negative ones. Where none counts, both are 0. positions:
+    (B, P), where few count, the positions of `targets`, then (B, P) too; the others cost no logits
+    (`batches.keep_targets`).
     """
     targets = mx.where(mx.arange(targets.shape[1]) < lengths[:, None], targets, -1)
     in_blocks = hasattr(model, "hidden")  # else any model that returns logits

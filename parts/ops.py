@@ -95,8 +95,8 @@ def packed_rows(
     if device.ON_CPU:
         return PackedRows(positions, ops_cpu.packed_masks(positions, n_shared, window, dtype))
     length = positions.shape[1]
-    seen = age_table(length) <= positions[..., None]  # by a query at this position of its text
-    seen = seen & window_mask(length, length, window or length)
+    ages = mx.arange(length)[:, None] - mx.arange(length)  # of keys, in positions before a query
+    seen = (ages >= 0) & (ages <= mx.minimum(positions, (window or length) - 1)[..., None])
     return PackedRows(positions, mx.where(seen, 0, mx.finfo(dtype).min).astype(dtype)[:, None])
 
 
@@ -140,12 +140,6 @@ def window_mask(length: int, n_keys: int, window: int) -> mx.array:
     return mx.array((ages >= 0) & (ages < window))
 
 
-@lru_cache(maxsize=4)
-def age_table(length: int) -> mx.array:
-    """How many positions (length, length) each key is before each query."""
-    return mx.array(np.arange(length, dtype=np.int32)[:, None] - np.arange(length, dtype=np.int32))
-
-
 def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False) -> mx.array:
     """Rotate each pair of neighbouring channels by an angle that grows with the position.
 
@@ -162,9 +156,9 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False
     if factor != 1:
         x = x * factor
     if length > 1:  # one for each row: MLX then takes x as it lies
-        is_packed = isinstance(offset, mx.array) and offset.ndim == 2
-        each = offset.flatten() if is_packed else mx.arange(offset, offset + length)
-        offset = each if is_packed else mx.tile(each, batch)
+        if not isinstance(offset, mx.array):
+            offset = mx.tile(mx.arange(offset, offset + length), batch)
+        offset = offset.flatten()
     options = {"traditional": True, "base": rope.theta, "scale": 1.0, "offset": offset}
     if rope.scaling:
         options.update(base=None, freqs=wavelength_table(rope))

@@ -188,7 +188,7 @@ def masked_attention_vjp(
 
 def rope(x: mx.array, offset: int | mx.array, rope: Rope) -> mx.array:
     """See `ops.rope`."""
-    if isinstance(offset, mx.array) and offset.ndim == 2:
+    if isinstance(offset, mx.array):
         tables = (table[offset] for table in cos_sin(0, x.shape[1], rope))
     else:
         tables = cos_sin(offset, x.shape[1], rope)

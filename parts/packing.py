@@ -48,12 +48,13 @@ class Packing:
 
 
 def make_packing(lengths: np.ndarray, batch_size: int, max_length: int) -> Packing:
-    """Return the packing of texts of these lengths, in tokens (n,), of which none is above
-    `max_length`, in rows of that length, or of a half, a quarter ... of it: the shortest that are
-    full. By powers of two, since the products of a GPU want round numbers of rows.
+    """Return the packing of texts of these lengths, in tokens (n,), in rows of `max_length`, or of
+    a half, a quarter ... of it: the shortest that are full, and as long as the longest text. By
+    powers of two, since the products of a GPU want round numbers of rows.
     """
-    sizes = -np.sort(-(lengths - 1))  # the inputs of each text, descending
-    n_parts = 1 << max(1, (max_length - 1) // int(sizes[0])).bit_length() - 1
+    sizes = -np.sort(1 - lengths)  # the inputs of each text, descending
+    max_length = max(max_length, int(sizes[0]) + 1)
+    n_parts = 1 << ((max_length - 1) // int(sizes[0])).bit_length() - 1
     while True:
         row_length = -(-(max_length - 1) // (n_parts * MULTIPLE)) * MULTIPLE
         row_of = best_fit(sizes, row_length)
