@@ -5,6 +5,7 @@ launches the operations. So layers with one input are one product, and what come
 attention is compiled; with CUDA, a whole layer is one kernel (decoder_cuda).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 
@@ -32,9 +33,10 @@ def prefill(
     dequantized weights.
     """
     caches = list(caches or [None] * len(model.layers))
-    for start in range(0, len(ids), PREFILL_STEP):
+    length = min(PREFILL_STEP, caches[0].max_update if caches[0] is not None else math.inf)
+    for start in range(0, len(ids), length):
         # Queue the layers for this piece of the prompt.
-        x = model.tok_embeddings(mx.array([ids[start : start + PREFILL_STEP]]))
+        x = model.tok_embeddings(mx.array([ids[start : start + length]]))
         queue = deque()
         for i, layer in enumerate(model.layers):
             x, caches[i] = layer(x, caches[i])
@@ -91,18 +93,27 @@ class Decoder:
     one decoder returned should be evaluated before another is called (see `kernel_layers`).
     """
 
-    def __init__(self, model: nn.Module, caches: list[KVCache] | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        caches: list[KVCache] | None = None,
+        max_kv_size: int | None = None,
+    ):
         self.args, self.dtype = model.args, model.norm.weight.dtype
+        self.max_kv_size = max_kv_size
         self.start(caches)
         self.embed, self.norm = model.tok_embeddings, model.norm
         self.output = MergedLinear(model.output_layer)
         self.run_layers = kernel_layers(model) or separate_layers(model)
 
     def start(self, caches: list[KVCache] | None = None) -> None:
-        """Go on from the positions in other caches, by default from none."""
+        """Go on from the positions in other caches, by default from none: in ones of at most
+        `max_kv_size` positions.
+        """
         args = self.args
         blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), self.dtype)
-        caches = caches or [KVCache(blank, blank, args.sliding_window)] * args.n_layers
+        blank = KVCache(blank, blank, args.sliding_window, self.max_kv_size)
+        caches = caches or [blank] * args.n_layers
         self.caches = [cache.contiguous() for cache in caches]
         self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
 
@@ -110,6 +121,14 @@ class Decoder:
     def offset(self) -> int:
         """The next position."""
         return self.caches[0].offset
+
+    def trim(self, offset: int) -> None:
+        """Forget the positions from `offset` on; all of them, where a cache has dropped some that
+        the next one would see.
+        """
+        mx.eval(self.last)
+        if not all(cache.trim(offset) for cache in self.caches):
+            self.start()
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token after `token`, (1, 1) integer."""
