@@ -20,7 +20,6 @@ import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -32,13 +31,14 @@ from tqdm import tqdm
 from parts import adapters, cli, device, dropout, model_folder, run_log  # before MLX
 from parts.adapter_formats import read_matrices
 from parts.adapters import from_vector, to_vector
+from parts.answers import Answer, ready_to_answer, warn_of_length
 from parts.batches import bucket_lengths, pad_batch
+from parts.chat import load_template
 from parts.cli import USER_ERRORS, did_you_mean, warn
-from parts.decoder import generate_step
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
 from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sampling_flags
-from parts.flags import add_update_flags, check_arguments, sampling_of
+from parts.flags import add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.packing import make_packing, packed_batches
@@ -49,9 +49,9 @@ from parts.run_log import StepResult, say
 from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
-from parts.stop_text import until_stop
 from parts.token_rows import TokenRows, encode_records, special_token_warning, text_of
-from parts.tokenizers import Tokenizer, stream_text
+from parts.talk import converse
+from parts.tokenizers import Tokenizer
 from parts.training import (
     report_steps,
     report_validation,
@@ -80,6 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", action="store_true", help="train adapters")
     add("--test", action="store_true", help="compute the loss on the test set")
     add("--prompt", "-p", help="generate text that goes on from this; - reads it")
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message to the assistant; without one, a conversation: on a terminal "
+        "until /quit, from a pipe a message a line",
+    )
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="mlx_model", help="folder made by convert.py")
@@ -501,21 +507,15 @@ def generate(model: Model, prompt: str, tokenizer: Tokenizer, args: argparse.Nam
     """Write the prompt and up to `args.num_tokens` tokens that follow it to standard output, and
     how fast that was to standard error.
     """
-    device.open_streams(1)  # after training, all cores for one product again
-    mx.reset_peak_memory()
     prompt_ids = tokenizer.encode(prompt)
-    times = [time.perf_counter()]  # of the start, and of each token
+    warn_of_length(len(prompt_ids), model)
     print(prompt, end="", flush=True)
-    ids = generate_step(model, prompt_ids, sampling_of(args), tokenizer.vocab_size)
-    ids = run_log.timed(ids, times)
-    ids = itertools.islice(ids, args.num_tokens)
-    ids = itertools.takewhile(lambda token: token not in tokenizer.eos_ids, ids)
-    with device.wired():
-        pieces = stream_text(ids, tokenizer, prompt_ids, args.write_every)
-        for piece in until_stop(pieces, args.stop):
+    with ready_to_answer():
+        answer = Answer(model, tokenizer, prompt_ids, args)
+        for piece in answer:
             print(piece, end="", flush=True)
     print(flush=True)
-    print(run_log.generation_summary(len(prompt_ids), times), file=sys.stderr)
+    print(answer.summary(), file=sys.stderr)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -564,6 +564,8 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
     if args.resume_adapter_file and ranks.rank == 0:
         recover_interrupted_save(args.resume_adapter_file)
     sets, model, tokenizer = prepare(args, ranks)
+    if args.chat:
+        template = load_template(args.chat_template, Path(args.model), tokenizer)
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
     if adapter is not None:
@@ -577,7 +579,8 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         say(f"Trainable parameters {n_trainable / 1e6:.3f}M")
 
     used = [dset for dset in sets if dset is not None]
-    texts = itertools.chain([(args.prompt or "", "--prompt")], *(d.with_places() for d in used))
+    prompt = "" if args.chat else args.prompt or ""
+    texts = itertools.chain([(prompt, "--prompt")], *(d.with_places() for d in used))
     warning = special_token_warning(texts, tokenizer)
     if warning:
         warn(warning)
@@ -612,9 +615,11 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         )
         perplexity = math.inf if test_loss > 709 else math.exp(test_loss)  # float64 holds no more
         say(f"Test loss {test_loss:.3f}, Test ppl {perplexity:.3f}.")
-    if args.prompt is not None and ranks.rank == 0:
+    mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
+    if args.chat and ranks.rank == 0:
+        converse(model, tokenizer, template, args)
+    elif args.prompt is not None and ranks.rank == 0:
         say("Generating")
-        mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
         generate(model, args.prompt, tokenizer, args)
 
 

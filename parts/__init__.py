@@ -19,6 +19,9 @@ merged_linear     linear layers with one input as one product
 decoder           generate text: prefill, one token at a time
 sampling          the next token: temperature, top k, top p, min p, the penalty on repetition
 stop_text         a stream of text that ends before some
+answers           the text that follows a prompt, as the flags want it
+conversation      what a user and a model say, turn by turn, with one cache
+talk              a conversation on a terminal, from a pipe, or of one message
 decoder_cuda      a layer for one token in one kernel: decoder_cuda.cu, decoder_products.cuh
 files             atomic writes; what a file holds, whatever its name says; JSON; text
 cli               one parser, errors on one line, exit statuses, signals, "did you mean"

@@ -181,6 +181,32 @@ def token_text(tokenizer: Tokenizer, token: int | None) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
+# To ask a model
+
+
+def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[dict]) -> list[int]:
+    """Return the token ids of a chat up to where the assistant's next answer begins. Raises
+    ValueError where the template refuses the messages.
+    """
+    text = template.render(Chat(messages, None), add_generation_prompt=True).text
+    return tokenizer.encode(text, bos=False, special_tokens=True)
+
+
+def end_of_turn(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return what the template writes after an answer of the assistant: the token, or, where that
+    is no special one of this tokenizer, the text. Either may be none.
+    """
+    question, answer = {"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4."}
+    rest = template.render(Chat([question, answer], None)).text.rpartition("4.")[2].strip()
+    ids = tokenizer.encode(rest, bos=False, special_tokens=True)
+    if ids and tokenizer.name_of(ids[0]) in tokenizer.special_names:
+        return frozenset(ids[:1]), ()
+    return frozenset(), (rest,) if rest else ()
+
+
+# -------------------------------------------------------------------------------------------------
 # What the assistant answers
 
 

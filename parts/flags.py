@@ -26,6 +26,7 @@ SCALE = cli.number(float, lambda s: 0 < s <= 1e4, "a number above 0 and up to 10
 POSITIVE_SHARE = cli.number(float, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
 FRACTION = cli.number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
 PENALTY = cli.number(float, lambda x: 0 < x <= 100, "a number above 0 and up to 100")
+CACHE_SIZE = cli.number(int, lambda n: 16 <= n <= sys.maxsize, "a whole number of at least 16")
 SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
@@ -160,6 +161,13 @@ def add_sampling_flags(add: Callable) -> None:
         metavar="TEXT",
         help="end before this text; may be given several times",
     )
+    add(
+        "--max-kv-size",
+        type=CACHE_SIZE,
+        metavar="N",
+        help="remember N tokens at most: the first 4 and the last ones (default: all that the "
+        "model sees)",
+    )
 
 
 def sampling_of(args: argparse.Namespace) -> Sampling:
@@ -173,8 +181,8 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     n_ranks: processes of this run. writes: whether this is the one that reads and writes files.
     Raises ValueError or FileNotFoundError.
     """
-    if not (args.train or args.test or args.prompt is not None):
-        raise ValueError("nothing to do: give --train, --test or --prompt")
+    if not (args.train or args.test or args.prompt is not None or args.chat):
+        raise ValueError("nothing to do: give --train, --test, --prompt or --chat")
     if args.batch_size % n_ranks:
         raise ValueError(
             f"--batch-size {args.batch_size} is the batch of all {n_ranks} ranks: give a multiple"
@@ -185,6 +193,13 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         if sys.stdin is None:
             raise ValueError("--prompt - reads standard input, which is closed")
         args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
+    if args.chat and args.prompt is None:
+        if n_ranks > 1:
+            raise ValueError("--chat needs --prompt under a launcher, which passes no input on")
+        if sys.stdin is None:
+            raise ValueError("--chat reads standard input, which is closed: give --prompt")
+    if args.chat and args.prompt is not None and not args.prompt.strip():
+        raise ValueError("--prompt is empty: give the message of --chat, or no --prompt")
     if args.prompt and not is_unicode(args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -297,13 +297,6 @@ def draw_losses(entries: list[dict], path: Path) -> None:
     axes.legend()
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120, metadata={"Title": PLOT_TITLE})
-
-
-def timed(items: Iterator, times: list[float]) -> Iterator:
-    """Yield the items, and append to `times` when each arrived, in seconds."""
-    for item in items:
-        times.append(time.perf_counter())
-        yield item
 
 
 def generation_summary(n_prompt_tokens: int, times: list[float]) -> str:

@@ -728,7 +728,7 @@ def error_of(*flags) -> str:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "give --train, --test or --prompt"),
+        ([], "give --train, --test, --prompt or --chat"),
         (["--train", "--lora-layers", "0"], "--lora-layers: '0' is not a whole number"),
         (["--train", "--iters", "1.5"], "--iters: '1.5' is not a whole number"),
         (["--train", "--learning-rate", "nan"], "--learning-rate: 'nan' is not a number above 0"),

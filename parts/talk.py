@@ -1,0 +1,111 @@
+"""A conversation on a terminal, from a pipe, or of one message: lora.py --chat."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.answers import ready_to_answer
+from parts.chat import ChatTemplate
+from parts.cli import one_line, warn
+from parts.conversation import Conversation
+from parts.files import decode_text
+from parts.run_log import say
+from parts.tokenizers import Tokenizer
+
+import mlx.nn as nn
+
+COMMANDS = "/reset begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves"
+
+
+def converse(
+    model: nn.Module, tokenizer: Tokenizer, template: ChatTemplate, args: argparse.Namespace
+) -> None:
+    """Answer `args.prompt`; without one, a conversation on a terminal, or each line of a pipe."""
+    conversation = Conversation(model, tokenizer, template, args)
+    with ready_to_answer():
+        if args.prompt is None and sys.stdin.isatty():
+            on_terminal(conversation)
+            return
+        say("Generating")
+        messages = [args.prompt] if args.prompt is not None else piped_messages()
+        for i, message in enumerate(messages):
+            if i:
+                print()
+            for piece in conversation.ask(message):
+                print(piece, end="", flush=True)
+            print(flush=True)
+            print(conversation.summary, file=sys.stderr)
+
+
+def piped_messages() -> Iterator[str]:
+    """Yield the lines of standard input, as they come, that are not blank. Raises ValueError."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        message = decode_text(line, f"line {number} of standard input")
+        if message.strip():
+            yield message
+
+
+def on_terminal(conversation: Conversation) -> None:
+    """Answer what is typed, until the user leaves. An error of the template's is one line."""
+    with suppress(ImportError):  # with it, input() has a history and edits lines
+        import readline  # noqa: F401
+    print(f"{COMMANDS}; Ctrl-C ends an answer", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+            line.encode()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print(f"\n{COMMANDS}", file=sys.stderr)
+            continue
+        except UnicodeError:
+            warn("that is not valid UTF-8")
+            continue
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            if command == "/reset":
+                conversation.reset()
+            elif command == "/system":
+                conversation.set_system(rest.strip())
+            elif command.startswith("/"):
+                print(f"there is no {command}: {COMMANDS}", file=sys.stderr)
+            else:
+                answer_on_terminal(conversation, line)
+        except ValueError as error:
+            warn(one_line(error))
+
+
+def answer_on_terminal(conversation: Conversation, message: str) -> None:
+    """Print the answer as it comes. Ctrl-C ends it after the token in hand; a second, at once."""
+    try:
+        with first_ctrl_c() as pressed:
+            for piece in conversation.ask(message, pressed):
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pass
+    print(flush=True)
+
+
+@contextmanager
+def first_ctrl_c() -> Iterator[Callable[[], bool]]:
+    """Yield whether Ctrl-C was pressed meanwhile. Pressed again, it raises KeyboardInterrupt."""
+    pressed = []
+
+    def catch(*_: object) -> None:
+        pressed.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, catch)
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        signal.signal(signal.SIGINT, before)
