@@ -2,18 +2,27 @@
 on a terminal and in a pipe.
 """
 
+import io
+import os
+import pty
+import re
+import select
+import sys
+import time
 from itertools import islice
 
 import chat_templates
 import numpy as np
 import pytest
-from conftest import QUICK, call_script, write_model
+from conftest import QUICK, ROOT, call_script, write_model
 from test_chat import folder as tokenizer_folder  # noqa: F401  a fixture
+from test_chat import said
 
-from parts import decoder  # before MLX, for its BLAS
+from parts import decoder, kv_cache, talk  # before MLX, for its BLAS
 from parts.chat import BUILT_IN, ChatTemplate, end_of_turn
 from parts.conversation import Conversation
 from parts.decoder import generate_step, prefill
+from parts.kv_cache import KVCache
 from parts.tokenizers import Tokenizer
 
 import mlx.core as mx
@@ -145,9 +154,9 @@ def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch)
         lengths.append(len(ids))
         return prefill(model, ids, *caches)
 
-    said = []
+    so_far = []
     for question in (QUESTION, "And a vicuña?", "你好 😀"):
-        ids = tokenizer.encode(rendered(*said, question), bos=False, special_tokens=True)
+        ids = tokenizer.encode(rendered(*so_far, question), bos=False, special_tokens=True)
         monkeypatch.setattr(decoder, "prefill", counted)
         answer = "".join(conversation.ask(question))
         monkeypatch.undo()
@@ -155,8 +164,215 @@ def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch)
         assert conversation._ids == [*ids, *expected]
         assert answer == tokenizer.decode(expected) == ANSWER
         assert_caches_hold(conversation, model, [*ids, *expected])
-        said += [question, answer]
-    assert [m["content"] for m in conversation.messages] == said
+        so_far += [question, answer]
+    assert conversation.messages == said(*so_far)
     texts = [rendered(QUESTION), f"\n{rendered('And a vicuña?')}", f"\n{rendered('你好 😀')}"]
     new = [len(tokenizer.encode(text, bos=False, special_tokens=True)) - 1 for text in texts]
     assert lengths == new
+
+
+def test_what_was_said_before_an_interruption_stays_and_the_cache_with_it(chat_model):
+    conversation, model, tokenizer = load(chat_model)
+    pieces = []
+    answer = "".join(pieces.append(p) or p for p in conversation.ask("a", lambda: len(pieces) > 2))
+    assert ANSWER.startswith(answer) and 0 < len(answer) < len(ANSWER)
+    assert [m["content"] for m in conversation.messages] == ["a", answer]
+    assert_caches_hold(conversation, model, conversation._ids)
+    assert "".join(conversation.ask("b", lambda: True)) == ""  # no word: no question
+    assert "".join(conversation.ask("c")) == ANSWER
+    assert [m["content"] for m in conversation.messages] == ["a", answer, "c", ANSWER]
+    ids = tokenizer.encode(rendered("a", answer, "c"), bos=False, special_tokens=True)
+    assert conversation._ids[: len(ids)] == ids
+    assert_caches_hold(conversation, model, conversation._ids)
+
+
+def test_an_error_amid_an_answer_costs_the_cache_and_nothing_else(chat_model):
+    conversation, model, _ = load(chat_model)
+    list(conversation.ask("a"))
+    pieces = conversation.ask("b")
+    next(pieces)
+    with pytest.raises(KeyboardInterrupt):
+        pieces.throw(KeyboardInterrupt)
+    assert len(conversation.messages) == 2
+    assert "".join(conversation.ask("c")) == ANSWER
+    assert_caches_hold(conversation, model, conversation._ids)
+
+
+def test_a_window_that_has_lost_what_a_turn_needs_is_computed_anew(chat_model, monkeypatch):
+    """What comes after a change in the first message is all new."""
+    monkeypatch.setattr(kv_cache, "STEP", 16)
+    conversation, model, _ = load(chat_model)
+    model.args.sliding_window = 8
+    for layer in model.layers:
+        layer.attention.window = 8
+    conversation._decoder.start()
+    for _ in range(3):
+        assert "".join(conversation.ask("longer")) == ANSWER
+    assert conversation._decoder.caches[0].start > 0
+    conversation.set_system("Short.")
+    list(conversation.ask("x"))
+    full = prefill(model, conversation._ids)
+    ours = conversation._decoder.caches[0].filled()[0][:, :, -8:]
+    np.testing.assert_allclose(np.array(ours), np.array(full[0].filled()[0][:, :, -8:]), atol=2e-5)
+
+
+def test_a_template_that_refuses_a_message_changes_nothing(chat_model):
+    conversation, model, tokenizer = load(chat_model)
+    refusing = ChatTemplate(chat_templates.MISTRAL_V1, "m", "<s>", "</s>")
+    conversation = Conversation(model, tokenizer, refusing, arguments())
+    with pytest.raises(ValueError, match="Only user and assistant roles|must alternate"):
+        conversation.set_system("Be brief.")
+    assert conversation.messages == []
+
+
+# -------------------------------------------------------------------------------------------------
+# A bounded cache
+
+
+@pytest.mark.parametrize("piece", [5, 100])
+def test_a_bounded_cache_keeps_the_first_positions_and_the_last(piece):
+    random = np.random.default_rng(1)
+    whole = mx.array(random.normal(size=(1, 2, 300, 4)).astype(np.float32))
+    cache = KVCache(whole[:, :, :0], whole[:, :, :0], max_size=64)
+    piece = min(piece, cache.max_update)
+    for start in range(0, 300, piece):
+        part = whole[:, :, start : start + piece]
+        cache.update(part, part + 1)
+        assert cache.capacity <= 64 and cache.offset == min(start + piece, 300)
+        keys, values = cache.filled()
+        n = keys.shape[2]
+        places = [*range(4), *range(cache.offset - n + 4, cache.offset)]
+        assert mx.array_equal(keys, whole[:, :, mx.array(places)])
+        assert mx.array_equal(values, keys + 1)
+        assert n >= min(cache.offset, 32)
+    assert cache.trim(298) and cache.filled()[0].shape[2] == n - 2
+    assert not cache.trim(200)
+
+
+def test_max_kv_size_bounds_what_is_remembered(chat_model):
+    model, tokenizer = lora.load_model(chat_model, mx.float32)
+    ids = tokenizer.encode("all of a long prompt, " * 20)
+    for n_prompt in (len(ids), 3):
+        bounded = decoder.Decoder(model, max_kv_size=40)
+        list(islice(generate_step(model, ids[:n_prompt], decoder=bounded), 100))
+        assert bounded.caches[0].capacity == 40
+        assert bounded.offset == n_prompt + 100
+    whole = list(islice(generate_step(model, ids[:9]), 20))
+    bounded = decoder.Decoder(model, max_kv_size=40)
+    assert list(islice(generate_step(model, ids[:9], decoder=bounded), 20)) == whole
+
+
+def test_a_prompt_longer_than_the_context_is_a_warning(chat_model):
+    flags = ("--model", chat_model, "--no-adapter", "-n", "2", "--max-kv-size", "32", "--prompt")
+    process = call_script("lora.py", *flags, "long " * 80)
+    assert process.returncode == 0, process.stderr
+    assert re.search(r"lora.py: warning: the prompt has \d{3} tokens, and .* 100: ", process.stderr)
+    assert "warning" not in call_script("lora.py", *flags, "short").stderr
+
+
+# -------------------------------------------------------------------------------------------------
+# On a terminal and in a pipe
+
+
+def test_a_pipe_is_answered_line_by_line(chat_model, monkeypatch):
+    flags = ("--model", chat_model, "--no-adapter", "--temp", "0", "--chat")
+    content = f"{QUESTION}\r\n\n/etc/hosts 你好\n".encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    process = call_script("lora.py", *flags)
+    assert process.stdout.partition("Generating\n")[2] == f"{ANSWER}\n\n{ANSWER}\n"
+    assert len(re.findall("^Prompt: ", process.stderr, re.MULTILINE)) == 2
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"hi\n\xff\n")))
+    process = call_script("lora.py", *flags)
+    assert process.returncode == 2 and f"{ANSWER}\n" in process.stdout
+    assert "error: line 2 of standard input is not valid UTF-8" in process.stderr
+
+
+class Terminal:
+    """lora.py on a pseudo-terminal."""
+
+    def __init__(self, *flags):
+        env = {**os.environ, "LC_ALL": "C.UTF-8", "TERM": "xterm", "PYTHONUTF8": "1"}
+        command = [sys.executable, str(ROOT / "lora.py"), *map(str, flags)]
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.execve(sys.executable, command, env)
+        self.output, self._seen = "", 0
+        self._bytes = b""
+
+    def expect(self, text):
+        """Read up to a text that comes after what was expected before."""
+        deadline = time.monotonic() + 60
+        while text not in self.output[self._seen :]:
+            ready = select.select([self.fd], [], [], max(0, deadline - time.monotonic()))[0]
+            assert ready, f"no {text!r} in {self.output!r}"
+            try:
+                self._bytes += os.read(self.fd, 1 << 16)
+            except OSError:  # it has ended
+                raise AssertionError(f"no {text!r} in {self.output!r}") from None
+            self.output = self._bytes.decode(errors="ignore")
+        self._seen = self.output.index(text, self._seen) + len(text)
+
+    def send(self, text):
+        os.write(self.fd, text.encode())
+
+    def status(self):
+        """Wait for its end."""
+        try:
+            while os.read(self.fd, 1 << 16):
+                pass
+        except OSError:
+            pass
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+
+
+def test_a_conversation_on_a_terminal(chat_model):
+    terminal = Terminal("--model", chat_model, "--no-adapter", "--chat", "-n", 10**6, "--temp", 0)
+    terminal.expect("/quit or Ctrl-D leaves")
+    terminal.expect("> ")
+    terminal.send(f"{QUESTION}\n")
+    terminal.expect(f"{QUESTION}\r\n")
+    terminal.expect(f"{ANSWER}\r\n")
+    terminal.expect("> ")
+    terminal.send("/system :\n")
+    terminal.expect("> ")
+    terminal.send("and 你好?\n")
+    for _ in range(2):
+        terminal.expect(ENDLESS * 3)
+        terminal.send("\x03")  # Ctrl-C ends the answer
+        terminal.expect("\r\n")
+        terminal.expect("> ")
+        terminal.send("\x1b[A\n")  # the line before, from the history
+    terminal.expect(ENDLESS)
+    terminal.send("\x03")
+    terminal.expect("\r\n")
+    terminal.expect("> ")
+    terminal.send("not se\x03")  # and here it gives the line up
+    terminal.expect("/quit or Ctrl-D leaves")
+    terminal.expect("> ")
+    terminal.send("/help\n")
+    terminal.expect("there is no /help: /reset begins anew")
+    terminal.send("/system\n")
+    terminal.send("/reset\n")
+    terminal.send("🦙\n")
+    terminal.expect(f"{ANSWER}\r\n")
+    terminal.expect("> ")
+    terminal.send("/quit\n")
+    assert terminal.status() == 0
+    assert "Traceback" not in terminal.output and "Prompt:" not in terminal.output
+
+
+def test_commands_do_what_they_say(chat_model, monkeypatch, capsys):
+    conversation, *_ = load(chat_model)
+    lines = ["one", "/system Be brief.", "two", "", "/reset", "/reset now", "/nothing", "three"]
+    lines = "".join(f"{line}\n" for line in lines)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    talk.on_terminal(conversation)
+    system = {"role": "system", "content": "Be brief."}
+    assert conversation.messages == [system, *said("three", conversation.messages[-1]["content"])]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/system\n/quit\nnever\n"))
+    talk.on_terminal(conversation)
+    assert [m["content"] for m in conversation.messages][:1] == ["three"]
+    output = capsys.readouterr()
+    assert output.err.count("there is no /nothing: ") == 1
+    assert ANSWER in output.out
