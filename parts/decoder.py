@@ -71,19 +71,21 @@ def generate_step(
     sampler = Sampler(sampling, [prompt_ids])
 
     def step(ids: mx.array) -> mx.array:
-        logits = decoder(ids)[:, :vocab_size].astype(mx.float32)
-        mx.async_eval(logits)
-        return logits
+        return decoder(ids)[:, :vocab_size].astype(mx.float32)
 
     logits = step(mx.array([prompt_ids[-1:]]))
     if not mx.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite: give another --dtype")
+    token = sampler(logits)
     while True:
-        # The device computes what comes after this token while the caller works with it.
-        token = sampler(logits)
-        mx.async_eval(token)  # on its own, so that it is there before the next logits
+        mx.async_eval(token)  # on its own, so that nobody who wants it waits for the next
+        # The device computes the next token while the caller works with this one; or its logits,
+        # where the sampler waits for these.
         logits = step(token[:, None])
+        next_token = None if sampler.waits else sampler(logits)
+        mx.async_eval(logits if sampler.waits else next_token)
         yield token.item()
+        token = sampler(logits) if sampler.waits else next_token
 
 
 class Decoder:

@@ -2,9 +2,10 @@
 
 Each step means what transformers' logits processors mean by it, in their order: the penalty on
 repetition, the temperature, the top k, the top p, the min p. All is computed on the device, which
-nobody waits for; but to sort, a CPU does (`ops.sort`).
+nobody waits for; but a CPU that sorts does (`ops.sort`).
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,6 +52,8 @@ class Sampler:
         self, sampling: Sampling, histories: list[list[int]], keys: mx.array | None = None
     ):
         self.sampling = sampling
+        # Whether a call waits until its logits are computed, rather than to leave that to MLX.
+        self.waits = sampling.top_p < 1 and sampling.temp >= MIN_TEMPERATURE and ops.sort_waits()
         self._draw = make_draw(sampling)
         self._keys = new_keys(len(histories)) if keys is None else keys
         self._recent = self._last_ids(histories)  # (B, W)
@@ -113,22 +116,28 @@ def penalized(logits: mx.array, ids: mx.array, penalty: float) -> mx.array:
 def shaped(logits: mx.array, sampling: Sampling) -> mx.array:
     """The logits (B, V) of the distribution to draw from; -inf where a token is left out."""
     logits = logits / sampling.temp
+    ascending = ops.sort(logits) if sampling.top_p < 1 else None
     if 0 < sampling.top_k < logits.shape[-1]:
-        least = mx.topk(logits, sampling.top_k).min(-1, keepdims=True)
+        if ascending is None:
+            least = mx.topk(logits, sampling.top_k).min(-1, keepdims=True)
+        else:
+            least = ascending[:, -sampling.top_k, None]
+            ascending = mx.where(ascending < least, -mx.inf, ascending)
         logits = mx.where(logits < least, -mx.inf, logits)
     if sampling.top_p < 1:
-        logits = mx.where(beyond_top_p(logits, sampling.top_p), -mx.inf, logits)
+        logits = mx.where(beyond_top_p(logits, ascending, sampling.top_p), -mx.inf, logits)
     if sampling.min_p > 0:
-        least = logits.max(-1, keepdims=True) + np.log(sampling.min_p).item()
+        least = logits.max(-1, keepdims=True) + math.log(sampling.min_p)
         logits = mx.where(logits < least, -mx.inf, logits)
     return logits
 
 
-def beyond_top_p(logits: mx.array, top_p: float) -> mx.array:
+def beyond_top_p(logits: mx.array, ascending: mx.array, top_p: float) -> mx.array:
     """Whether each token of logits (B, V) is among the least probable, which together have no more
     than 1 - top_p. The most probable one is not. Of equal ones, the first are.
+
+    ascending: the logits in this order.
     """
-    ascending = ops.sort(logits)
     beyond = mx.cumsum(mx.softmax(ascending, axis=-1, precise=True), axis=-1) <= 1 - top_p
     n_beyond = beyond[:, :-1].sum(-1, keepdims=True)
     least = mx.take_along_axis(ascending, n_beyond, axis=-1)  # of those that stay
