@@ -14,7 +14,6 @@ chats. LoRA makes x W of some layers x W + 2 (x A) B: W stays as it is, A and B 
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
 import argparse
-import hashlib
 import itertools
 import math
 import os
@@ -49,8 +48,8 @@ from parts.run_log import StepResult, say
 from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
-from parts.token_rows import TokenRows, encode_records, special_token_warning, text_of
 from parts.talk import converse
+from parts.token_rows import TokenRows, encode_records, special_token_warning
 from parts.tokenizers import Tokenizer
 from parts.training import (
     report_steps,
@@ -185,11 +184,6 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def with_places(self) -> Iterator[tuple[str, str]]:
-        """Yield each text, and where it stands, such as "data/train.jsonl, line 3"."""
-        for i in self._kept:
-            yield text_of(self._records[i]), self._records.place(i)
-
     def encode(self, tokenizer: Tokenizer) -> TokenRows:
         """Return the token ids of each record, and which of them count. Computed once.
 
@@ -206,13 +200,6 @@ class Dataset:
         rows = self.encode(tokenizer)
         self._keep(tokenizer, rows.truncated(max_length))
         return int((rows.lengths > max_length).sum())
-
-    def digest(self) -> str:
-        """Return a digest of all records, which ranks compare."""
-        sha = hashlib.sha256()
-        for record in self:
-            sha.update(repr(record).encode())
-        return sha.hexdigest()
 
     def left_out(self) -> list[str]:
         """Return where each record stands of which nothing counts, as far as is known."""
@@ -579,13 +566,14 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         say(f"Trainable parameters {n_trainable / 1e6:.3f}M")
 
     used = [dset for dset in sets if dset is not None]
+    if used:
+        say("Loading datasets")
+    named = filter(None, [dset.encode(tokenizer).named for dset in used])
     prompt = "" if args.chat else args.prompt or ""
-    texts = itertools.chain([(prompt, "--prompt")], *(d.with_places() for d in used))
-    warning = special_token_warning(texts, tokenizer)
+    warning = special_token_warning([(prompt, "--prompt")], tokenizer, named)
     if warning:
         warn(warning)
-    if args.train or args.test:
-        say("Loading datasets")
+    if used:
         n_truncated = sum(dset.truncate(tokenizer, args.max_seq_length) for dset in used)
         if n_truncated:
             length = args.max_seq_length
@@ -641,7 +629,8 @@ def prepare(
         if args.prompt is not None and not prepared[-1].encode(args.prompt):
             raise ValueError("--prompt is empty, and no token begins this model's texts: give some")
         if ranks.size > 1:
-            inputs = input_digests(args, [dset and dset.digest() for dset in sets])
+            digests = [dset and dset.encode(prepared[-1]).digest() for dset in sets]
+            inputs = input_digests(args, digests)
     except USER_ERRORS as error:
         if ranks.size == 1:
             raise

@@ -46,6 +46,7 @@ records           a JSONL file of texts, prompts and completions, or chats
 chat              chats to text by templates, and what of it the assistant answers
 chat_renderer     templates rendered in a process of its own, which the system may end
 token_rows        records to rows of token ids, and which of them count in the loss
+token_cache       the token ids of a large data file, kept next to it
 batches           rows of token ids to arrays of few lengths
 packing           short texts that share a row
 

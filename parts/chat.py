@@ -4,10 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from datetime import date
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from parts.files import check_content
+from parts.files import check_content, digest
 from parts.records import Chat
 from parts.tokenizers import Tokenizer
 
@@ -98,14 +100,33 @@ class ChatTemplate:
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
         self._ask({"template": source, "seconds": seconds})
         self.has_marks = "endgeneration" in source
+        day = str(date.today()) if "strftime_now" in source else ""
+        self.digest = digest("\0".join([source, bos_token, eos_token, day]).encode())
 
     def render(self, chat: Chat, add_generation_prompt: bool = False) -> Rendered:
         """Return the text of a chat; with `add_generation_prompt`, the beginning of the answer that
         comes next. Raises ValueError where the template fails, loops for ever or fills the memory.
         """
+        (rendered,) = self.render_parts(chat, [(len(chat.messages), add_generation_prompt)])
+        return rendered
+
+    def render_parts(self, chat: Chat, parts: list[tuple[int, bool]]) -> list[Rendered | None]:
+        """Return what `render` does of the first n messages, for each n and whether the beginning
+        of an answer is added; None where the template fails for n = 0, since many do.
+        """
         request = {"messages": chat.messages, "tools": chat.tools, **self._tokens}
-        answer = self._ask({**request, "add_generation_prompt": add_generation_prompt})
-        return Rendered(answer["text"], [tuple(mark) for mark in answer["marks"]])
+        found = self._ask({**request, "parts": parts})["parts"]
+        return [self._read(answer, n) for answer, (n, _) in zip(found, parts, strict=True)]
+
+    def _read(self, answer: dict, n: int) -> Rendered | None:
+        if "error" not in answer:
+            return Rendered(answer["text"], [tuple(mark) for mark in answer["marks"]])
+        if n:
+            raise self._failure(answer["error"])
+        return None
+
+    def _failure(self, problem: str) -> ValueError:
+        return ValueError(f"{self.name} does not work: {' '.join(str(problem).split())[:300]}")
 
     def _ask(self, request: dict) -> dict:
         """Return the process's answer to a request. Start it for the first."""
@@ -133,11 +154,10 @@ class ChatTemplate:
             last = (problem.strip().splitlines() or [f"its process ended with {status}"])[-1]
             if status == -signal.SIGPROF:
                 last = f"it takes more than {self._seconds:g} s, or never ends"
-            raise ValueError(f"{self.name} does not work: {last}")
+            raise self._failure(last)
         answer = json.loads(line)
         if "error" in answer:
-            problem = " ".join(str(answer["error"]).split())[:300]
-            raise ValueError(f"{self.name} does not work: {problem}")
+            raise self._failure(answer["error"])
         return answer
 
     def close(self) -> None:
@@ -218,16 +238,15 @@ def answer_spans(template: ChatTemplate, chat: Chat, ends: frozenset[str]) -> tu
     rendered messages before. ends: names of special tokens; of white space that follows one at the
     end of an answer, nothing counts. Raises ValueError where that is ambiguous.
     """
-    text, marks = template.render(chat)
+    n = len(chat.messages)
     if template.has_marks:
-        return text, marks
+        return template.render(chat)
+    answers = [i for i, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    parts = [(n, False), *chain(*([(i, True), (i + 1, False)] for i in answers))]
+    text, *rendered = [part and part.text for part in template.render_parts(chat, parts)]
     spans, position = [], 0
-    for i, message in enumerate(chat.messages):
-        if message["role"] != "assistant":
-            continue
-        before = rendered_before(template, chat, i)
-        after = template.render(chat._replace(messages=chat.messages[: i + 1])).text
-        last = content_of(chat.messages[i - 1]) if i else ""
+    for i, before, after in zip(answers, rendered[::2], rendered[1::2], strict=True):
+        message, last = chat.messages[i], content_of(chat.messages[i - 1]) if i else ""
         start, begin = find_end(text, before, last, position), find_end(after, before, last, 0)
         end = None
         if start is not None and begin is not None:
@@ -245,18 +264,6 @@ def answer_spans(template: ChatTemplate, chat: Chat, ends: frozenset[str]) -> tu
     return text, spans
 
 
-def rendered_before(template: ChatTemplate, chat: Chat, i: int) -> str | None:
-    """Return the text of what stands before message `i`, up to where the assistant begins; None
-    where the template makes none of no messages.
-    """
-    try:
-        return template.render(chat._replace(messages=chat.messages[:i]), True).text
-    except ValueError:
-        if i:
-            raise
-        return None
-
-
 def content_of(message: dict) -> str:
     """Return what any template shows of a message's content: without the thoughts before it, and
     white space around it.
@@ -268,8 +275,8 @@ def content_of(message: dict) -> str:
 
 
 def find_end(text: str, before: str | None, last: str, position: int) -> int | None:
-    """Return where in `text`, from `position` on, the messages end of which `before` is the text;
-    None where they are not to be found.
+    """Return where in `text`, from `position` on, the messages end of which `before` is the text,
+    with the beginning of the answer; None where they are not to be found.
 
     last: the content of the last of them. Templates may move what comes before it, such as tools,
     to another message; it and what follows it stay together.

@@ -7,8 +7,10 @@ time for a request, by a timer that it does not handle, or, on Linux, where it a
 MEMORY bytes. It starts no other process and opens no file.
 
 Reads lines of JSON, and answers each with one. The first is {"template": ..., "seconds": ...}, a
-request is what the template is rendered with; an answer is {"text": ..., "marks": [[start, end],
-...]}, with the characters between `generation` and `endgeneration`, or {"error": ...}.
+request is what the template is rendered with, and "parts": [[n, add_generation_prompt], ...], as
+often as the first n messages are rendered. An answer is {"parts": [part, ...]}, or {"error": ...};
+a part too is an error, or {"text": ..., "marks": [[start, end], ...]}, with the characters between
+`generation` and `endgeneration`.
 
 The environment is that of transformers: its options, filters and functions.
 """
@@ -85,7 +87,7 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def render(template: jinja2.Template, request: dict) -> dict:
+def render_parts(template: jinja2.Template, request: dict) -> dict:
     """Return the answer to a request. Keys of messages that have no value are left out."""
     messages = [
         {key: value for key, value in message.items() if value is not None}
@@ -93,10 +95,26 @@ def render(template: jinja2.Template, request: dict) -> dict:
     ]
     if any(mark in json.dumps(messages, ensure_ascii=False) for mark in (BEGIN, END)):
         raise ValueError("a message holds U+FDD0 or U+FDD1, which are no characters")
-    text = template.render(messages=messages, documents=None, **request)
-    text, marks = find_marks(text)
-    text.encode()  # half a character is an error here
-    return {"text": text, "marks": marks}
+    answers = []
+    for n, prompt in request.pop("parts"):
+        names = {**request, "add_generation_prompt": prompt, "documents": None}
+        try:
+            text, marks = find_marks(template.render(messages=messages[:n], **names))
+            text.encode()  # half a character is an error here
+            answers.append({"text": text, "marks": marks})
+        except Exception as error:  # a template may raise anything
+            answers.append({"error": describe(error)})
+    return {"parts": answers}
+
+
+def describe(error: Exception) -> str:
+    """Return what is wrong."""
+    if isinstance(error, MemoryError):
+        return f"it needs more than {MEMORY >> 20} MB"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+    return f"{where}{error or type(error).__name__}"
 
 
 def main() -> None:
@@ -116,14 +134,9 @@ def main() -> None:
                 template = compile_template(request["template"])
                 answer = {}
             else:
-                answer = render(template, request)
-        except MemoryError:
-            answer = {"error": f"it needs more than {MEMORY >> 20} MB"}
-        except RecursionError:
-            answer = {"error": "it is nested too deep"}
-        except Exception as error:  # a template may raise anything
-            where = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
-            answer = {"error": f"{where}{error or type(error).__name__}"}
+                answer = render_parts(template, request)
+        except Exception as error:
+            answer = {"error": describe(error)}
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(answer) + "\n")
         sys.stdout.flush()

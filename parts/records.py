@@ -5,8 +5,8 @@
 {"messages": [{"role": "user", "content": "..."}, ...], "tools": [...]}
 
 A file's first record says which of these it holds; where it has the keys of several, the first of
-them in this order counts. All other records are of that kind. Further keys are ignored. Records
-stay in their file until they are read: a file may be larger than the memory.
+them in this order counts. All other records are of that kind. Further keys are ignored. Of a large
+file, the records stay there until they are read: it may be larger than the memory.
 """
 
 import json
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tqdm import tqdm
+
+from parts.token_cache import Saved, is_large, read_cache, stamp
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 CONTENT_KEYS = ("tool_calls", "function_call", "reasoning_content")  # in place of a content
@@ -39,8 +41,10 @@ Record = str | Completion | Chat
 
 
 class Records:
-    """The records of a JSONL file, each read when it is asked for. key: of a text.
+    """The records of a JSONL file. key: of a text.
 
+    All are checked at once, but those of a large file that were when their tokens were saved. Of a
+    small file they are kept; those of a large one are read again when they are asked for.
     Raises ValueError, which names the file and the line, where one is malformed, or all are
     missing.
     """
@@ -48,35 +52,51 @@ class Records:
     def __init__(self, path: str | Path, key: str = "text"):
         self.path, self._key = path, key
         self._file = open(path, "rb")  # noqa: SIM115  as long as the records
-        self._starts, self._lines = array("q"), array("q")  # bytes; line numbers
-        self.kind, start = "", 0
-        size = Path(path).stat().st_size
+        self.as_read = stamp(self._file.fileno(), key)
+        self.is_large = is_large(self.as_read)
+        self._kept: list[Record] | None = None
+        self.saved: Saved | None = read_cache(path, self.as_read) if self.is_large else None
+        if self.saved is not None:
+            self.kind = self.saved.about["kind"]
+            self.starts, self.lines = self.saved.arrays["starts"], self.saved.arrays["lines"]
+        else:
+            self._check(self.as_read[0])
+
+    def _check(self, size: int) -> None:
+        """Read all records. size: of the file, in bytes."""
+        path, key = self.path, self._key
+        self.kind, self.starts, self.lines = "", array("q"), array("q")  # bytes; line numbers
+        self._kept, start = None if self.is_large else [], 0
         bar = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_DELAY}
         with tqdm(None, f"Reading {path}", size, disable=None, **bar) as progress:
             for number, line in enumerate(self._file, start=1):
                 if line.strip():
                     record = parse_object(line, self._place(number), key)
                     self.kind = self.kind or kind_of(record, key)
-                    check_record(record, self.kind, self._place(number), key)
-                    self._starts.append(start)
-                    self._lines.append(number)
+                    record = check_record(record, self.kind, self._place(number), key)
+                    if self._kept is not None:
+                        self._kept.append(record)
+                    self.starts.append(start)
+                    self.lines.append(number)
                 start += len(line)
                 progress.update(len(line))
-        if not self._starts:
+        if not self.starts:
             raise ValueError(f"{path} is empty: {expected(key)}")
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self.starts)
 
     def __getitem__(self, index: int) -> Record:
-        self._file.seek(self._starts[index])
+        if self._kept is not None:
+            return self._kept[index]
+        self._file.seek(self.starts[index])
         place = self.place(index)
         record = parse_object(self._file.readline(), place, self._key)
         return check_record(record, self.kind, place, self._key)
 
     def place(self, index: int) -> str:
         """Return where a record stands, such as "data/train.jsonl, line 3"."""
-        return self._place(self._lines[index])
+        return self._place(self.lines[index])
 
     def _place(self, number: int) -> str:
         return f"{self.path}, line {number}"
@@ -121,7 +141,8 @@ def check_record(record: object, kind: str, place: str, key: str = "text") -> Re
     check = {"text": check_text, "completion": check_completion, "chat": check_chat}[kind]
     checked = check(record, place, key)
     try:
-        json.dumps(checked, ensure_ascii=False).encode()
+        text = json.dumps(checked, ensure_ascii=False) if kind == "chat" else "".join(checked)
+        text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{place} holds half a character: {error}") from error
     except RecursionError as error:

@@ -4,18 +4,30 @@ A token that does not count is stored as the complement of its id, ~id, which is
 is one array, whatever truncates or joins it. `batches.pad_batch` makes inputs and targets of both.
 """
 
-import tempfile
+import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from parts.chat import ChatTemplate, answer_spans, load_template
+from parts.cli import warn
 from parts.records import BAR_DELAY, Chat, Completion, Record, Records
+from parts.token_cache import BLOCK, TokenWriter
 from parts.tokenizers import Tokenizer
 
-IN_MEMORY = 1 << 26  # tokens, of 4 bytes; more are in a temporary file
+BATCH = 1 << 20  # characters that are encoded at once, on all cores
+NEVER = 1 << 62  # beyond every row
+
+
+class Naming(NamedTuple):
+    """How many texts name special tokens that are read as text; a first name, and its place."""
+
+    n: int
+    name: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -25,8 +37,9 @@ class TokenRows:
     tokens: np.ndarray  # (N,), in memory or in a file
     starts: np.ndarray  # (n,)
     lengths: np.ndarray  # (n,)
-    first_counts: np.ndarray  # (n,), a row's first target that counts; beyond it where none does
+    first_counts: np.ndarray  # (n,), a row's first target that counts; NEVER where none does
     masked: bool  # whether there are tokens that do not count
+    named: Naming | None = None  # special tokens in texts; None where there are none
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -41,12 +54,29 @@ class TokenRows:
 
     def chosen(self, which: np.ndarray) -> "TokenRows":
         """Return some of the rows, by their indices."""
-        chosen = [array[which] for array in (self.starts, self.lengths, self.first_counts)]
-        return TokenRows(self.tokens, *chosen, self.masked)
+        names = "starts", "lengths", "first_counts"
+        return replace(self, **{name: getattr(self, name)[which] for name in names})
 
     def where_counting(self) -> np.ndarray:
         """Return the indices of the rows in which a target counts."""
         return np.flatnonzero(self.first_counts < self.lengths)
+
+    def digest(self) -> str:
+        """Return a digest of all token ids, of each row."""
+        sha = hashlib.sha256(np.ascontiguousarray(self.lengths))
+        for start in range(0, len(self.tokens), BLOCK):
+            sha.update(self.tokens[start : start + BLOCK])
+        return sha.hexdigest()
+
+
+class Source(NamedTuple):
+    """The text of a record, and what of it does not count: a prompt that it begins with, or all but
+    the characters (start, end) of answers.
+    """
+
+    text: str
+    prompt: str | None = None
+    answers: list[tuple[int, int]] | None = None
 
 
 def encode_records(
@@ -55,89 +85,153 @@ def encode_records(
     """Return a row for each record. mask_prompt: whether completions and answers alone count.
     chat_template: see `load_template`. Raises ValueError, which names file and line.
     """
-    template = None
+    template, masked = None, mask_prompt and records.kind != "text"
     if records.kind == "chat":
         try:
             template = load_template(chat_template, tokenizer.path.parent, tokenizer)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{records.path} holds chats: {error}") from error
-    lengths, firsts = np.zeros(len(records), np.int64), np.zeros(len(records), np.int64)
-    bar = {"leave": False, "delay": BAR_DELAY, "disable": None}
+    elif chat_template is not None:
+        warn(f"--chat-template is for chats, and {records.path} holds none: it is not used there")
+    if not records.is_large:
+        return encode_all(records, tokenizer, masked, template, "")
+    key = [tokenizer.digest(), masked, template and template.digest]
+    saved = saved_rows(records, tokenizer, key)
+    return saved or encode_all(records, tokenizer, masked, template, key)
 
-    def encoded() -> Iterator[np.ndarray]:
-        for i in tqdm(range(len(records)), f"Tokenizing {records.path}", **bar):
-            try:
-                row = encode_record(records[i], tokenizer, mask_prompt, template)
-            except ValueError as error:
-                raise ValueError(f"{records.place(i)}: {error}") from error
-            if len(row) < 2:  # of a tokenizer without BOS
-                raise ValueError(f"{records.place(i)} is one token: leave it out")
-            lengths[i] = len(row)
-            counts = row[1:] >= 0
-            firsts[i] = 1 + counts.argmax() if counts.any() else len(row)
-            yield row
 
-    tokens = join(encoded())
+def saved_rows(records: Records, tokenizer: Tokenizer, key: list) -> TokenRows | None:
+    """Return the rows that are kept next to a file; None where there are none of this key."""
+    if records.saved is None or records.saved.about.get("key") != key:
+        return None
+    about, arrays = records.saved
+    tokens, lengths = arrays["tokens"], arrays["lengths"]
+    if not -tokenizer.vocab_size <= tokens.min() <= tokens.max() < tokenizer.vocab_size:
+        return None
+    n, name, i = about["named"]
+    named = Naming(n, name, records.place(i)) if n else None
     starts = np.cumsum(lengths) - lengths
-    masked = mask_prompt and records.kind != "text"
-    return TokenRows(tokens, starts, lengths, np.where(firsts < lengths, firsts, 1 << 62), masked)
+    return TokenRows(tokens, starts, lengths, arrays["first_counts"], about["masked"], named)
 
 
-def join(rows: Iterable[np.ndarray]) -> np.ndarray:
-    """Return the rows in one array. Where they are many, it lies in a temporary file."""
-    file, waiting, n_waiting = None, [np.zeros(0, np.int32)], 0
-    for row in rows:
-        waiting.append(row)
-        n_waiting += len(row)
-        if n_waiting >= IN_MEMORY:
-            file = file or tempfile.TemporaryFile()  # noqa: SIM115  as long as the array
-            np.concatenate(waiting).tofile(file)
-            waiting, n_waiting = [], 0
-    if file is None:
-        return np.concatenate(waiting)
-    if waiting:
-        np.concatenate(waiting).tofile(file)
-    return np.memmap(file, np.int32, mode="r")
-
-
-def encode_record(
-    record: Record, tokenizer: Tokenizer, mask_prompt: bool, template: ChatTemplate | None
-) -> np.ndarray:
-    """Return the row of a record: a text ends with EOS, and a chat as its template ends it.
-
-    The tokens of a prompt are those that it has alone, as TRL counts them.
+def encode_all(
+    records: Records,
+    tokenizer: Tokenizer,
+    masked: bool,
+    template: ChatTemplate | None,
+    key: list | None,
+) -> TokenRows:
+    """Return a row for each record, and keep those of a large file under `key`. masked: whether
+    there are tokens that do not count.
     """
-    if isinstance(record, Chat):
-        return encode_chat(record, tokenizer, mask_prompt, template)
-    text = "".join(record) if isinstance(record, Completion) else record
-    row = np.array(tokenizer.encode(text, eos=True), np.int32)
-    if mask_prompt and isinstance(record, Completion):
-        n = len(tokenizer.encode(record.prompt))
-        row[:n] = ~row[:n]
-    return row
+    n = len(records)
+    lengths, first_counts = np.zeros(n, np.int64), np.zeros(n, np.int64)
+    n_named, name, first_named = 0, "", 0
+    bar = tqdm(None, f"Tokenizing {records.path}", n, leave=False, delay=BAR_DELAY, disable=None)
+    with bar, TokenWriter(records.path, records.as_read) as writer:
+        for first, sources in batches_of_sources(records, tokenizer, masked, template):
+            # Encode some, on all cores.
+            rows = encode_batch(sources, tokenizer, is_chat=template is not None)
+            for i, (source, row) in enumerate(zip(sources, rows, strict=True), start=first):
+                if len(row) < 2:  # of a tokenizer without BOS
+                    raise ValueError(f"{records.place(i)} is one token: leave it out")
+                # Note how long each is, and where it begins to count.
+                counts = row[1:] >= 0
+                lengths[i] = len(row)
+                first_counts[i] = 1 + counts.argmax() if counts.any() else NEVER
+                # Note where special tokens are named.
+                found = None
+                if template is None and not tokenizer.special_tokens:
+                    found = tokenizer.find_special(source.text)
+                if found:
+                    name, first_named = (name, first_named) if n_named else (found, i)
+                    n_named += 1
+                writer.add(row)
+            bar.update(len(rows))
+        about = {"kind": records.kind, "key": key, "masked": masked}
+        about["named"] = n_named, name, first_named
+        index = {"starts": np.array(records.starts), "lines": np.array(records.lines)}
+        index.update(lengths=lengths, first_counts=first_counts)
+        tokens = writer.finish(about, index)
+    named = Naming(n_named, name, records.place(first_named)) if n_named else None
+    return TokenRows(tokens, np.cumsum(lengths) - lengths, lengths, first_counts, masked, named)
 
 
-def encode_chat(
-    chat: Chat, tokenizer: Tokenizer, mask_prompt: bool, template: ChatTemplate
-) -> np.ndarray:
-    """Return the row of a chat. With `mask_prompt`, a token counts if it holds a character of an
-    answer.
+def batches_of_sources(
+    records: Records, tokenizer: Tokenizer, masked: bool, template: ChatTemplate | None
+) -> Iterator[tuple[int, list[Source]]]:
+    """Yield the index of the first of some records, and the source of each of these."""
+    first, sources, size = 0, [], 0
+    for i in range(len(records)):
+        try:
+            sources.append(source_of(records[i], tokenizer, masked, template))
+        except ValueError as error:
+            where = "" if str(error).startswith(str(records.path)) else f"{records.place(i)}: "
+            raise ValueError(f"{where}{error}") from error
+        size += len(sources[-1].text)
+        if size >= BATCH or i == len(records) - 1:
+            yield first, sources
+            first, sources, size = i + 1, [], 0
+
+
+def source_of(
+    record: Record, tokenizer: Tokenizer, masked: bool, template: ChatTemplate | None
+) -> Source:
+    """Return what is encoded of a record. Raises ValueError where a template fails."""
+    if isinstance(record, Completion):
+        return Source("".join(record), record.prompt if masked else None)
+    if not isinstance(record, Chat):
+        return Source(record)
+    if not masked:
+        return Source(template.render(record).text)
+    text, answers = answer_spans(template, record, tokenizer.special_names)
+    return Source(text, answers=answers)
+
+
+def encode_batch(sources: list[Source], tokenizer: Tokenizer, is_chat: bool) -> list[np.ndarray]:
+    """Return the row of each: a text ends with EOS, and a chat as its template ends it.
+
+    The tokens of a prompt are those that it has alone, as TRL counts them. Of a chat, a token
+    counts if it holds a character of an answer.
     """
+    options = {"bos": False, "special_tokens": True} if is_chat else {"eos": True}
+    texts = [source.text for source in sources]
+    rows = [np.array(ids, np.int32) for ids in tokenizer.encode_batch(texts, **options)]
+    prompts = [source.prompt for source in sources if source.prompt is not None]
+    n_masked = iter([len(ids) for ids in tokenizer.encode_batch(prompts)])
+    for row, source in zip(rows, sources, strict=True):
+        if source.prompt is not None:
+            n = next(n_masked)
+            row[:n] = ~row[:n]
+        if source.answers is not None:
+            mask_all_but(source.answers, row, source.text, tokenizer)
+    return rows
 
-    def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, bos=False, special_tokens=True), np.int32)
 
-    if not mask_prompt:
-        return encode(template.render(chat).text)
-    text, spans = answer_spans(template, chat, tokenizer.special_names)
-    row = encode(text)
-    masked = ~row
-    for start, end in spans:
-        first, _ = common_beginning(row, encode(text[:start]))
-        last, is_whole = common_beginning(row, encode(text[:end]))
-        last += not is_whole and start < end  # a token that ends after the answer
-        masked[first:last] = row[first:last]
-    return masked
+def mask_all_but(
+    answers: list[tuple[int, int]], row: np.ndarray, text: str, tokenizer: Tokenizer
+) -> None:
+    """Mask a chat's row but for the tokens of its answers, which are characters of the text.
+
+    How many tokens come before a character is what the text before it has alone, as far as it has
+    the same; from a special token on, since what comes before one has no part in what follows.
+    """
+    whole = row.copy()
+    row[:] = ~row
+    begin, first = 0, 0  # of a special token that is known: its character, its place in the row
+    for answer in answers:
+        bounds = []
+        for at in answer:
+            ids = tokenizer.encode(text[begin:at], bos=False, special_tokens=True)
+            n_same, is_same = common_beginning(whole[first:], np.array(ids, np.int32))
+            bounds.append(first + n_same)
+            if is_same and n_same:
+                name = tokenizer.name_of(int(whole[bounds[-1] - 1]))
+                if name in tokenizer.special_names and text.endswith(name, begin, at):
+                    begin, first = at - len(name), bounds[-1] - 1
+        start, end = bounds
+        end += not is_same and answer[0] < answer[1]  # a token that ends after the answer
+        row[start:end] = whole[start:end]
 
 
 def common_beginning(row: np.ndarray, other: np.ndarray) -> tuple[int, bool]:
@@ -148,26 +242,21 @@ def common_beginning(row: np.ndarray, other: np.ndarray) -> tuple[int, bool]:
     return n_same, n_same == len(other)
 
 
-def text_of(record: Record) -> str:
-    """Return the text of a record in which special tokens may be read as text: of a chat, none."""
-    if isinstance(record, Chat):
-        return ""
-    return "".join(record) if isinstance(record, Completion) else record
-
-
-def special_token_warning(texts: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> str | None:
+def special_token_warning(
+    texts: Iterable[tuple[str, str]], tokenizer: Tokenizer, in_data: Iterable[Naming] = ()
+) -> str | None:
     """Return what to warn of where texts name special tokens that are read as text; None else.
 
-    texts: each with the place where it stands, such as "data/train.jsonl, line 3".
+    texts: each with the place where it stands, such as "--prompt". in_data: what was found there.
     """
-    if tokenizer.special_tokens:
+    names = [(tokenizer.find_special(text), place) for text, place in texts]
+    found = [Naming(1, name, place) for name, place in names if name]
+    found += in_data
+    if tokenizer.special_tokens or not found:
         return None
-    found = [(name, place) for text, place in texts if (name := tokenizer.find_special(text))]
-    if not found:
-        return None
-    name, place = found[0]
-    count = f"{len(found)} texts name" if len(found) > 1 else "a text names"
+    n = sum(naming.n for naming in found)
+    count = f"{n} texts name" if n > 1 else "a text names"
     return (
-        f"{count} special tokens, such as {name} ({place}), which are read as text: "
-        "--special-tokens reads them as tokens"
+        f"{count} special tokens, such as {found[0].name} ({found[0].place}), which are read as "
+        "text: --special-tokens reads them as tokens"
     )

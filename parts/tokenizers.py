@@ -12,13 +12,14 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
 from sentencepiece import SentencePieceProcessor
 
-from parts.files import check_content, read_json
+from parts.files import check_content, digest, read_json
 
 FILES = ("tokenizer.model", "tokenizer.json")  # of which a model's folder has one
 BESIDE = ("added_tokens.json", "tokenizer_config.json")  # what may lie beside a tokenizer.model
@@ -81,12 +82,35 @@ class Tokenizer:
         special_tokens: whether they are read; by default as the tokenizer was made.
         """
         reads = self.special_tokens if special_tokens is None else special_tokens
-        ids = self._reader.encode(s, reads)
+        return self._with_ends(self._reader.encode(s, reads), eos, bos, reads)
+
+    def encode_batch(
+        self,
+        texts: list[str],
+        eos: bool = False,
+        bos: bool = True,
+        special_tokens: bool | None = None,
+    ) -> list[list[int]]:
+        """Return what `encode` does of each text, computed on all cores."""
+        reads = self.special_tokens if special_tokens is None else special_tokens
+        encoded = self._reader.encode_batch(texts, reads)
+        return [self._with_ends(ids, eos, bos, reads) for ids in encoded]
+
+    def _with_ends(self, ids: list[int], eos: bool, bos: bool, reads: bool) -> list[int]:
         if bos and self.bos_id is not None and not (reads and ids[:1] == [self.bos_id]):
             ids = [self.bos_id, *ids]
         if eos and not (reads and ids[-1:] == [self.eos_id]):
             ids = [*ids, self.eos_id]
         return ids
+
+    def digest(self) -> str:
+        """Return a digest of what the ids of a text depend on."""
+        files = [self.path, *(self.path.parent / name for name in BESIDE)]
+        contents = [path.read_bytes() for path in files if path.is_file()]
+        package = "tokenizers" if self.path.suffix == ".json" else "sentencepiece"
+        ends = self.bos_id, sorted(self.eos_ids), self.eos_id, self.special_tokens
+        about = repr((ends, version(package), [len(content) for content in contents]))
+        return digest(b"".join([about.encode(), *contents]))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Special tokens have none."""
@@ -127,6 +151,12 @@ class AddedToken(NamedTuple):
     lstrip: bool = False
     rstrip: bool = False
     single_word: bool = False
+
+
+def n_cores() -> int:
+    """Return the number of cores that this process may use."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 class SentencePiece:
@@ -187,6 +217,11 @@ class SentencePiece:
             ids.append(token.id)
             start, after_special = end, strips
         return ids + self._encode_between(s[start:], start == 0, after_special, False)
+
+    def encode_batch(self, texts: list[str], reads: bool) -> list[list[int]]:
+        if not reads and self._words is NOTHING:
+            return self._model.encode(texts, num_threads=n_cores())
+        return [self.encode(s, reads) for s in texts]
 
     def _find(self, s: str, pattern: re.Pattern) -> Iterator[tuple[AddedToken, int, int]]:
         """Yield the tokens that a text names, and where each begins and ends."""
@@ -297,6 +332,15 @@ class HuggingFace:
     def encode(self, s: str, reads: bool) -> list[int]:
         self._model.encode_special_tokens = not reads
         return self._model.encode(s, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str], reads: bool) -> list[list[int]]:
+        self._model.encode_special_tokens = not reads
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        try:
+            encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        finally:
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids. Special tokens have none."""

@@ -12,7 +12,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 PARTS = sorted(ROOT.glob("parts/*.py"))
 MODULES = [*SCRIPTS, *PARTS, *sorted(ROOT.glob("base-model/*.py"))]
 WITHOUT_MLX = (
-    *("cli", "files", "records", "chat", "chat_renderer", "token_rows"),
+    *("cli", "files", "records", "chat", "chat_renderer", "token_rows", "token_cache"),
     *("source_checkpoints", "hugging_face"),
     *("tokenizers", "source_tokenizers", "byte_level_bpe"),
 )
