@@ -225,8 +225,8 @@ def open_partial(path: Path) -> BinaryIO | None:
 
 def is_ours(path: Path) -> bool:
     """Whether a cache may take this file's place: there is none, or one, whole or not."""
-    if not path.exists():
-        return True
+    if not path.is_file():
+        return not path.exists()
     with open(path, "rb") as file:
         return file.read(len(HEAD)) in (HEAD, b"", bytes(len(HEAD)))
 
