@@ -17,15 +17,28 @@ FILE = "chat_template.jinja"  # in a model's folder
 SECONDS = 20  # of a processor that a template may take for one chat
 ROOT = Path(__file__).resolve().parent.parent
 
-# Of the published formats. A system message of Llama 2 and Mistral is part of the first question.
+# Of the published formats. A system message of Llama 2 and Mistral is part of the first question. A
+# content may be parts of text, which follow each other; none of them has tools.
+BEGINNING = """\
+{%- macro text(message) %}
+    {%- if message.tool_calls or message.function_call %}
+        {{- raise_exception(NO_TOOLS) }}
+    {%- elif message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content or [] %}{{- part.text }}{% endfor %}
+    {%- endif %}
+{%- endmacro %}
+{%- if tools %}{{- raise_exception(NO_TOOLS) }}{% endif %}
+""".replace("NO_TOOLS", "'it has no tools: give the template that the model came with'")
 CHATML = """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\\n' }}
     {%- if message.role == 'assistant' %}
-        {%- generation %}{{- message.content + '<|im_end|>' }}{% endgeneration %}
+        {%- generation %}{{- text(message) + '<|im_end|>' }}{% endgeneration %}
         {{- '\\n' }}
     {%- else %}
-        {{- message.content + '<|im_end|>\\n' }}
+        {{- text(message) + '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
@@ -35,9 +48,9 @@ LLAMA3 = """\
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
     {%- if message.role == 'assistant' %}
-        {%- generation %}{{- message.content | trim + '<|eot_id|>' }}{% endgeneration %}
+        {%- generation %}{{- text(message) | trim + '<|eot_id|>' }}{% endgeneration %}
     {%- else %}
-        {{- message.content | trim + '<|eot_id|>' }}
+        {{- text(message) | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}
@@ -57,26 +70,27 @@ IN_TURNS = """\
     {%- if message.role == 'user' %}
         {{- USER }}
     {%- else %}
-        {%- generation %}{{- ' ' + message.content | trim + END }}{% endgeneration %}
+        {%- generation %}{{- ' ' + text(message) | trim + END }}{% endgeneration %}
     {%- endif %}
 {%- endfor %}
 """
 LLAMA2 = (
-    IN_TURNS.replace("SYSTEM", "'<<SYS>>\\n' + messages[0].content | trim + '\\n<</SYS>>\\n\\n'")
+    IN_TURNS.replace("SYSTEM", "'<<SYS>>\\n' + text(messages[0]) | trim + '\\n<</SYS>>\\n\\n'")
     .replace(
         "USER",
         "bos_token + '[INST] ' + (first.system if loop.first else '') "
-        "+ message.content | trim + ' [/INST]'",
+        "+ text(message) | trim + ' [/INST]'",
     )
     .replace("END", "' ' + eos_token")
 )
 MISTRAL = "{{- bos_token }}\n" + IN_TURNS.replace(
-    "SYSTEM", "messages[0].content | trim + '\\n\\n'"
+    "SYSTEM", "text(messages[0]) | trim + '\\n\\n'"
 ).replace(
     "USER",
-    "'[INST] ' + (first.system if loop.first else '') + message.content | trim + ' [/INST]'",
+    "'[INST] ' + (first.system if loop.first else '') + text(message) | trim + ' [/INST]'",
 ).replace("END", "eos_token")
 BUILT_IN = {"chatml": CHATML, "llama2": LLAMA2, "llama3": LLAMA3, "mistral": MISTRAL}
+BUILT_IN = {name: BEGINNING + source for name, source in BUILT_IN.items()}
 
 
 class Rendered(NamedTuple):

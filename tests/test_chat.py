@@ -206,6 +206,23 @@ def test_an_ambiguous_template_is_refused_with_the_line(folder, tmp_path):
         encoded(folder, tmp_path, joined, said("zz", "bb"))
 
 
+@pytest.mark.parametrize("name", chat.BUILT_IN)
+def test_a_content_of_several_texts_is_their_sum_and_tools_are_refused(name):
+    ours = ChatTemplate(chat.BUILT_IN[name], f"--chat-template {name}", "<s>", "</s>")
+    parts = [
+        {
+            **m,
+            "content": [{"type": "text", "text": t} for t in (m["content"][:2], m["content"][2:])],
+        }
+        for m in SYSTEM
+    ]
+    assert ours.render(Chat(parts, None)) == ours.render(Chat(SYSTEM, None))
+    says = f"--chat-template {name} does not work: it has no tools: give the template that"
+    for chat_with_tools in (Chat(ONE, TOOLS), Chat(CALLING, None)):
+        with pytest.raises(ValueError, match=says):
+            ours.render(chat_with_tools)
+
+
 @pytest.mark.parametrize("name", ["QWEN25", "SMOLLM2", "LLAMA3", "MISTRAL_V3"])
 def test_an_answer_before_any_question_is_not_guessed(folder, tmp_path, name):
     """Its header would be taken for a part of it."""
