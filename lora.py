@@ -176,6 +176,7 @@ class Dataset:
             raise ValueError(f"--mask-prompt is for prompts or chats, and {path} holds texts")
         self._options = mask_prompt, chat_template
         self._kept = np.arange(len(self._records))  # all but those of which nothing counts
+        self.left_out: list[str] = []  # of which nothing counts: where they stand, and why
         self._encoded: tuple[Tokenizer, TokenRows] | None = None
 
     def __getitem__(self, index: int) -> Record:
@@ -191,28 +192,24 @@ class Dataset:
         and for one that leaves nothing to predict.
         """
         if self._encoded is None or self._encoded[0] is not tokenizer:
-            self._kept = np.arange(len(self._records))
-            self._keep(tokenizer, encode_records(self._records, tokenizer, *self._options))
+            self._kept, self.left_out = np.arange(len(self._records)), []
+            rows = encode_records(self._records, tokenizer, *self._options)
+            self._keep(tokenizer, rows, "nothing in it is an answer")
         return self._encoded[1]
 
     def truncate(self, tokenizer: Tokenizer, max_length: int) -> int:
         """Shorten the texts of more than `max_length` tokens. Return how many they are."""
         rows = self.encode(tokenizer)
-        self._keep(tokenizer, rows.truncated(max_length))
+        why = f"its answer begins after {max_length} tokens, see --max-seq-length"
+        self._keep(tokenizer, rows.truncated(max_length), why)
         return int((rows.lengths > max_length).sum())
 
-    def left_out(self) -> list[str]:
-        """Return where each record stands of which nothing counts, as far as is known."""
-        every = np.arange(len(self._records))
-        return [self._records.place(i) for i in np.setdiff1d(every, self._kept)]
-
-    def _keep(self, tokenizer: Tokenizer, rows: TokenRows) -> None:
+    def _keep(self, tokenizer: Tokenizer, rows: TokenRows, why: str) -> None:
         which = rows.where_counting()
+        dropped = np.setdiff1d(self._kept, self._kept[which])
+        self.left_out += [f"{self._records.place(i)}: {why}" for i in dropped]
         if not len(which):
-            raise ValueError(
-                f"{self._records.path}: nothing counts in any record, see --mask-prompt and "
-                "--max-seq-length"
-            )
+            raise ValueError(f"nothing counts in any record, as in {self.left_out[-1]}")
         self._kept = self._kept[which]
         self._encoded = tokenizer, rows.chosen(which)
 
@@ -443,7 +440,7 @@ def train(
     update = accumulated(step, batches, args.grad_accumulation)
     iterations = range(done + 1, args.iters + 1)
     bar = tqdm(iterations, "Training", total=args.iters, initial=done, disable=None)
-    with Interrupts(ranks) as interrupts, device.limits_restored(), state.saved_on_failure():
+    with Interrupts(ranks) as interrupts, device.limits_restored(), state.saved_on_failure(), log:
         compute = partial(
             evaluate, model, val_set, loss, tokenizer, args.batch_size, args.val_batches, streams,
             stop=interrupts.pending, ranks=ranks,
@@ -578,10 +575,10 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         if n_truncated:
             length = args.max_seq_length
             warn(f"{n_truncated} texts are cut to {length} tokens, see --max-seq-length")
-        left_out = [place for dset in used for place in dset.left_out()]
+        left_out = [where for dset in used for where in dset.left_out]
         if left_out:
             are = f"{len(left_out)} records are" if len(left_out) > 1 else "a record is"
-            warn(f"{are} left out, of which nothing counts ({left_out[0]}), see --mask-prompt")
+            warn(f"{are} left out, of which --mask-prompt lets nothing count ({left_out[0]})")
     if args.train:
         rows = train_set.encode(tokenizer)
         sizes = args.batch_size, args.max_seq_length

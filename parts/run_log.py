@@ -30,7 +30,8 @@ import mlx.nn as nn
 MAX_SKIPPED_STEPS = 3  # in a row, whose updates are left out; then the training ends
 FAR_ABOVE = 1.0  # nats a token above the loss at the start, where a training has gone wrong
 N_RECENT = 10  # steps whose mean loss is compared with that
-FIGURES = ("loss", "val_loss", "learning_rate", "tokens_per_second")  # of an entry of the log
+LOSSES = ("loss", "val_loss")
+FIGURES = (*LOSSES, "learning_rate", "tokens_per_second")  # of an entry of the log
 
 
 def say(line: str) -> None:
@@ -196,7 +197,8 @@ def shortest_float32(value: float) -> float:
 
 class TrainingLog:
     """The figures of a run, next to its adapters: `adapters.log.jsonl`, one object a report or
-    validation, and `adapters.png`, the curves of the losses, drawn at each validation.
+    validation, and `adapters.png`, the curves of the losses, drawn at each validation, or at
+    the end where there is none.
 
     entries: those of the run that this one continues. writes: whether this process writes files.
     What cannot be written is a warning: the training is worth more.
@@ -233,11 +235,25 @@ class TrainingLog:
             entry["learning_rates"] = learning_rates
         self.entries.append(entry)
         self._write(partial(open, mode="ab"), [entry])
-        if "val_loss" in finite and self.writes:
-            try:
-                draw_losses(self.entries, self.plot)
-            except Exception as error:  # whatever the library raises
-                warn(f"{self.plot} could not be written: {error}")
+        if "val_loss" in finite:
+            self._draw()
+
+    def __enter__(self) -> "TrainingLog":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Draw the plot of a training that has validated nothing."""
+        losses, validations = ([e[key] is not None for e in self.entries] for key in LOSSES)
+        if kind is None and any(losses) and not any(validations):
+            self._draw()
+
+    def _draw(self) -> None:
+        if not self.writes:
+            return
+        try:
+            draw_losses(self.entries, self.plot)
+        except Exception as error:  # whatever the library raises
+            warn(f"{self.plot} could not be written: {error}")
 
     def add_report(self, iteration: int, report: Report) -> None:
         """Add a report of the steps up to this iteration."""
@@ -276,20 +292,22 @@ def read_log(adapter_file: str | Path, last: int) -> list[dict]:
 
 
 def draw_losses(entries: list[dict], path: Path) -> None:
-    """Write a PNG of the losses of training and validation; one validation at least has to be
-    among the entries. Raises what matplotlib does, and OSError.
+    """Write a PNG of the losses of training and validation; one loss at least has to be among the
+    entries. Raises what matplotlib does, and OSError.
     """
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may not be there
     from matplotlib.figure import Figure  # here: nothing else needs its second of loading
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="iteration", ylabel="loss, nats a token")
-    for key, label, style in (("loss", "training", "-"), ("val_loss", "validation", "o-")):
+    for key, label, style in zip(LOSSES, ("training", "validation"), ("-", "o-"), strict=True):
         points = [(e["iteration"], e[key]) for e in entries if e[key] is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label)
-    best, at = min((e["val_loss"], e["iteration"]) for e in entries if e["val_loss"] is not None)
-    axes.plot(at, best, "*", markersize=16, label=f"best validation: {best:.3f} at {at}")
+    validations = [(e["val_loss"], e["iteration"]) for e in entries if e["val_loss"] is not None]
+    if validations:
+        best, at = min(validations)
+        axes.plot(at, best, "*", markersize=16, label=f"best validation: {best:.3f} at {at}")
     n_tokens = max(entries[-1]["tokens"] / entries[-1]["iteration"], 1)
     upper = axes.secondary_xaxis("top", (lambda i: i * n_tokens, lambda t: t / n_tokens))
     upper.set_xlabel("tokens seen")

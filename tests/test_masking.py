@@ -47,6 +47,23 @@ def data(tmp_path_factory, docstrings) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, docstrings) -> Path:
+    """Chats of two answers, of which some are longer than half of a row."""
+    folder = tmp_path_factory.mktemp("chats")
+    for name, chosen in ("train", docstrings[:13]), ("valid", docstrings[13:16]):
+        cuts = [(text[:20], text[20:60], text[60:80], text[80:]) for text in chosen]
+        roles = "user", "assistant", "user", "assistant"
+        lines = [
+            json.dumps(
+                {"messages": [{"role": r, "content": c} for r, c in zip(roles, cut, strict=True)]}
+            )
+            for cut in cuts
+        ]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
 @pytest.fixture
 def model(tiny_model):
     model, _ = lora.load_model(tiny_model, mx.float32)
@@ -139,18 +156,30 @@ def test_what_does_not_count_is_left_out_with_a_warning(tiny_model, tmp_path):
     flags = "--steps-per-report", 1, "--max-seq-length", 20
     process = train(tiny_model, tmp_path, tmp_path / "a.npz", "--iters", 2, *flags)
     assert process.returncode == 0, process.stderr
-    assert "a record is left out, of which nothing counts (" in process.stderr
-    assert "train.jsonl, line 1), see --mask-prompt" in process.stderr
+    assert "a record is left out, of which --mask-prompt lets nothing count (" in process.stderr
+    why = "train.jsonl, line 1: its answer begins after 20 tokens, see --max-seq-length)"
+    assert why in process.stderr
     assert "valid.jsonl: nothing is validated" in process.stderr
     assert "; 2 texts, " in process.stdout
     assert "Val loss" not in process.stdout
-    written = ["a.log.jsonl", "a.npz", "a.state.npz"]  # and no plot of validations
+    written = ["a.log.jsonl", "a.npz", "a.png", "a.state.npz"]
     assert sorted(path.name for path in tmp_path.glob("a*")) == written
     (tmp_path / "train.jsonl").write_text(lines[0])
     process = train(tiny_model, tmp_path, tmp_path / "b.npz", "--max-seq-length", 20)
     assert process.returncode == 2
-    assert re.fullmatch(r"lora.py: error: \S+train.jsonl: nothing counts in any record.*\n",
-                        process.stderr.splitlines(True)[-1])  # fmt: skip
+    error = r"lora.py: error: nothing counts in any record, as in \S+train.jsonl, line 1: its .*\n"
+    assert re.fullmatch(error, process.stderr.splitlines(True)[-1])
+
+
+def test_a_chat_without_an_answer_is_left_out_and_why_is_said(tiny_model, tmp_path):
+    question, answer = ({"role": role, "content": role} for role in ("user", "assistant"))
+    chats = [[question, answer], [question]]
+    lines = [json.dumps({"messages": messages}) for messages in chats]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    flags = "--chat-template", "chatml", "--iters", 1
+    process = train(tiny_model, tmp_path, tmp_path / "a.npz", *flags)
+    assert process.returncode == 0, process.stderr
+    assert "train.jsonl, line 2: nothing in it is an answer)" in process.stderr
 
 
 def test_texts_have_no_prompts_to_mask(tiny_model, data, tmp_path):
@@ -167,25 +196,35 @@ def test_patience_wants_a_validation_set(tiny_model, data, tmp_path):
     assert "valid.jsonl is missing" in process.stderr
 
 
+@pytest.mark.parametrize("kind", ["completions", "chats"])
 def test_a_resumed_run_ends_as_one_never_stopped_and_ranks_as_one_process(
-    tiny_model, data, tmp_path
+    tiny_model, data, chats, tmp_path, kind
 ):
+    """The ranks go on with the run of one process."""
     whole, parts, ranks = (tmp_path / name for name in ("whole.npz", "parts.npz", "ranks.npz"))
-    process = train(tiny_model, data, whole, "--iters", 6)
+    folder = {"completions": data, "chats": chats}[kind]
+    flags = ["--chat-template", "llama2"] if kind == "chats" else []
+    process = train(tiny_model, folder, whole, "--iters", 6, *flags)
     assert process.returncode == 0, process.stderr
-    assert train(tiny_model, data, parts, "--iters", 2).returncode == 0
+    assert train(tiny_model, folder, parts, "--iters", 2, *flags).returncode == 0
+    for suffix in ("npz", "state.npz", "log.jsonl"):
+        shutil.copy(parts.with_suffix(f".{suffix}"), ranks.with_suffix(f".{suffix}"))
     resumed = "--iters", 6, "--resume-adapter-file", parts
-    assert train(tiny_model, data, parts, *resumed).returncode == 0
+    assert train(tiny_model, folder, parts, *resumed, *flags).returncode == 0
     assert parts.read_bytes() == whole.read_bytes()
 
+    if kind == "completions":
+        return
     launch = Path(sys.executable).with_name("mlx.launch")
     port = str(random.randrange(20000, 32000, 10))
-    flags = ["--model", tiny_model, "--data", data, "--train", *FLAGS, "--learning-rate", 1e-2]
+    flags += ["--model", tiny_model, "--data", folder, "--train", *FLAGS, "--learning-rate", 1e-2]
     command = [launch, "-n", "2", "-p", port, "--", sys.executable, ROOT / "lora.py", *flags]
     process = subprocess.run(
-        [*map(str, command), "--iters", "6", "--adapter-file", str(ranks)],
+        [*map(str, command), "--iters", "6", "--adapter-file", str(ranks)]
+        + ["--resume-adapter-file", str(ranks)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * SLOWNESS,
     )  # fmt: skip
+    assert "The run goes on after iteration 2" in process.stdout, process.stderr
     ours, theirs = read_adapter(ranks), read_adapter(whole)
     for name, matrix in theirs.items():
         np.testing.assert_allclose(ours[name], matrix, rtol=0, atol=1e-4, err_msg=name)
