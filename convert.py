@@ -19,8 +19,12 @@ chat template if there is one, for lora.py --model. All layouts of one model giv
 from parts import python_version  # noqa: F401  before what an older Python lacks
 
 import argparse
+from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import fields
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +32,8 @@ from tqdm import tqdm
 
 from parts import cli, device, model_folder, source_checkpoints  # before MLX, for its BLAS
 from parts.config_values import SHAPE
-from parts.lazy_tensors import Shards, read_parameters
+from parts.lazy_tensors import Shards, Weight, read_parameters
+from parts.pipeline import read_ahead
 from parts.source_tokenizers import read_source_tokenizer
 
 import mlx.core as mx
@@ -38,6 +43,7 @@ from models import Model, ModelArgs, quantizable
 
 # Of the values that have a default: those that later steps and fuse.py read.
 ALWAYS_WRITTEN = "model_type", "max_position_embeddings", "bos_id", "eos_ids"
+QUANTIZED = "weight", "scales", "biases"  # the arrays of a quantized layer
 SPARE_ROWS = 0.01  # of a model's tokens, that a tokenizer of its own may lack
 
 # -------------------------------------------------------------------------------------------------
@@ -75,7 +81,18 @@ def quantize(
     `config` stays as it was.
     """
     config = quantized_config(config, args)
-    return dict(quantize_each(weights.items(), config)), config
+    settings, quantized = config["quantization"], {}
+    streams, names = device.core_streams(), quantized_names(config)
+    for name, weight in weights.items():
+        if name not in names:
+            quantized[name] = mx.array(weight)
+            continue
+        check_groups(name, weight.shape, settings)
+        rows = np.array_split(weight, min(len(weight), len(streams)))
+        pieces = zip(*quantize_blocks(rows, settings, streams), strict=True)
+        for key, arrays in zip(QUANTIZED, pieces, strict=True):
+            quantized[f"{name.removesuffix('weight')}{key}"] = mx.concatenate(arrays)
+    return quantized, config
 
 
 def quantized_config(config: dict, args: argparse.Namespace) -> dict:
@@ -83,39 +100,72 @@ def quantized_config(config: dict, args: argparse.Namespace) -> dict:
     return {**config, "quantization": {"group_size": args.q_group_size, "bits": args.q_bits}}
 
 
-def quantize_each(
-    weights: Iterable[tuple[str, np.ndarray | mx.array]], config: dict
-) -> Iterator[tuple[str, mx.array]]:
-    """Yield the arrays of a quantized model, one weight at a time: of a linear layer its packed
-    weights (uint32), scales and biases.
+def check_groups(name: str, shape: tuple[int, ...], settings: dict) -> None:
+    """Raise ValueError, which names the tensor, when groups do not fill its rows."""
+    if shape[1] % settings["group_size"]:
+        fits = [size for size in model_folder.GROUP_SIZES if shape[1] % size == 0]
+        instead = f"give --q-group-size {fits[-1]}" if fits else "convert without -q"
+        raise ValueError(
+            f"the {shape[1]} columns of {name} do not divide into groups of "
+            f"{settings['group_size']}: {instead}"
+        )
 
-    The form is that of `nn.QuantizedLinear`: `group_size` neighbours of a row share a scale and a
-    bias. Raises ValueError, which names the tensor, when groups do not fill its rows.
+
+def quantize_blocks(
+    blocks: Iterable[np.ndarray | mx.array], settings: dict, streams: list[mx.Stream]
+) -> Iterator[list[mx.array]]:
+    """Yield the packed weights (uint32), scales and biases of each block of rows, as
+    `nn.QuantizedLinear` has them: `group_size` neighbours of a row share a scale and a bias.
+
+    The streams take blocks in turns; each has one to go on with.
     """
+    waiting = deque()
+    for block, stream in zip(blocks, cycle(streams), strict=False):
+        waiting.append(mx.quantize(mx.array(block), **settings, stream=stream))
+        mx.async_eval(waiting[-1])
+        if len(waiting) > 2 * len(streams):
+            yield waiting.popleft()
+    yield from waiting
+
+
+def quantize_each(weights: Iterable[Weight], config: dict) -> Iterator[Weight]:
+    """Yield the arrays of a quantized model: of a linear layer its packed weights, which are
+    computed while they are written, and then its scales and biases.
+    """
+    names, streams = quantized_names(config), device.core_streams()
     settings = config["quantization"]
-    names = quantized_names(config)
-    streams = device.core_streams()
-    for name, weight in weights:
-        if name not in names:
-            yield name, mx.array(weight)
+    for weight in weights:
+        if weight.name not in names:
+            yield weight
             continue
-        if weight.shape[1] % settings["group_size"]:
-            fits = [size for size in model_folder.GROUP_SIZES if weight.shape[1] % size == 0]
-            instead = f"give --q-group-size {fits[-1]}" if fits else "convert without -q"
-            raise ValueError(
-                f"the {weight.shape[1]} columns of {name} do not divide into groups of "
-                f"{settings['group_size']}: {instead}"
+        groups = [], []  # the scales and biases of each block
+        yield weight._replace(
+            shape=(weight.shape[0], weight.shape[1] * settings["bits"] // 32),
+            dtype="uint32",
+            blocks=partial(packed_blocks, weight, groups, settings, streams),
+        )
+        for key, arrays in zip(QUANTIZED[1:], groups, strict=True):
+            yield Weight(
+                f"{weight.name.removesuffix('weight')}{key}",
+                (weight.shape[0], weight.shape[1] // settings["group_size"]),
+                weight.dtype,
+                partial(iter, arrays),
             )
-        # Each stream quantizes some of the rows.
-        rows = np.array_split(weight, min(len(weight), len(streams)))
-        quantized = [
-            mx.quantize(mx.array(some), **settings, stream=stream)
-            for some, stream in zip(rows, streams, strict=False)
-        ]
-        mx.eval(quantized)
-        pieces = zip(*quantized, strict=True)
-        for key, arrays in zip(("weight", "scales", "biases"), pieces, strict=True):
-            yield f"{name.removesuffix('weight')}{key}", mx.concatenate(arrays)
+
+
+def packed_blocks(
+    weight: Weight,
+    groups: tuple[list[np.ndarray], list[np.ndarray]],
+    settings: dict,
+    streams: list[mx.Stream],
+) -> Iterator[np.ndarray]:
+    """Yield the packed weights of a layer in blocks, and add the scales and biases to `groups`."""
+    with closing(read_ahead(weight.blocks())) as blocks:
+        for arrays in quantize_blocks(blocks, settings, streams):
+            packed, *others = map(np.array, arrays)
+            for group, array in zip(groups, others, strict=True):
+                group.append(array)
+            yield packed
 
 
 # -------------------------------------------------------------------------------------------------
@@ -218,24 +268,16 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
         )
 
     # Nothing more is read before the file of the weights is written.
-    weights = show_progress(read_parameters(checkpoint.tensors, shapes), shapes)
+    weights = read_parameters(checkpoint.tensors, shapes)
     if args.quantize:
         config = quantized_config(config, args)
+        for name in quantized_names(config):
+            check_groups(name, shapes[name], config["quantization"])
         weights = quantize_each(weights, config)
-    target = mlx_path.resolve()
-    model_folder.check_space(stored_bytes(shapes, config), target)
-    model_folder.write_model(target, weights, config, tokenizer.files)
-
-
-def show_progress(
-    weights: Iterable[tuple[str, np.ndarray]], shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the weights, and show how many bytes of float16 are done."""
-    total = sum(2 * int(np.prod(shape)) for shape in shapes.values())
-    with tqdm(desc="Converting", total=total, unit="B", unit_scale=True, disable=None) as bar:
-        for name, array in weights:
-            yield name, array
-            bar.update(array.nbytes)
+    size, target = stored_bytes(shapes, config), mlx_path.resolve()
+    model_folder.check_space(size, target)
+    with tqdm(desc="Converting", total=size, unit="B", unit_scale=True, disable=None) as bar:
+        model_folder.write_model(target, weights, config, tokenizer.files, bar.update)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ from parts import adapter_export, adapter_formats, adapters, chat, cli, export_g
 from parts import export_hugging_face, flags, model_folder
 from parts.cli import did_you_mean
 from parts.files import atomic_write
-from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes, write_npz
+from parts.fusing import Update, Weight, cast, fuse, merge, open_weights, total_bytes
 from parts.staging import check_folder, staged_folder
 from parts.tokenizer_export import begin_and_ends
 from parts.tokenizers import Tokenizer
@@ -218,7 +218,7 @@ def export(
                     shutil.copyfile(source / name, folder / name)
             if template is not None:
                 (folder / chat.FILE).write_bytes(template)
-            show_progress(write_npz(folder / "weights.npz", weights), weights)
+            show_progress(model_folder.write_npz(folder / "weights.npz", weights), weights)
             (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
 

@@ -36,8 +36,10 @@ gguf_vocabulary   a tokenizer as GGUF has it
 tokenizer_export  a tokenizer's files for transformers; tokenizer.json of a SentencePiece model
 fusing            weights with an adapter merged in, some rows at a time
 staging           a folder written whole or not at all
-lazy_tensors      tensors that stay in their files until they are read; shards joined
-legacy_torch      the files of torch before 1.6
+lazy_tensors      tensors that stay in their files, a few rows in memory at a time; shards joined
+float16           the values of a checkpoint as float16
+pipeline          read ahead and write behind, side by side with what computes
+torch_files       the files of torch, read without it
 model_folder      weights.npz, params.json, tokenizer and chat template: read, write
 tokenizers        SentencePiece's and Hugging Face's files, special tokens; text as a stream
 source_tokenizers  the tokenizer of a checkpoint, in whichever format

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.lazy_tensors import prefetch
-from parts.model_folder import open_member
+from parts.lazy_tensors import Weight
+from parts.pipeline import read_ahead
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,25 +30,6 @@ from mlx.utils import tree_unflatten
 BLOCK = 2**20  # values that are in memory at a time, if heads of a row are not larger
 LOCAL_HEADER = struct.Struct("<26x2H")  # before a zip's member: the sizes of its name and extras
 QUANTIZED = ("weight", "scales", "biases")  # the arrays of a quantized layer
-
-
-class Weight(NamedTuple):
-    """An array to write: its name, shape and type, and a function that yields its rows in blocks,
-    from the first to the last. The rows of a head are never apart.
-
-    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as int16.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    blocks: Callable[[], Iterator[np.ndarray]]
-
-    @property
-    def nbytes(self) -> int:
-        """The size in bytes."""
-        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
-        return size * int(np.prod(self.shape))
 
 
 class Update(NamedTuple):
@@ -127,7 +108,7 @@ def read_blocks(
                 name = member.filename.removesuffix(".npy")
                 raise ValueError(f"{name} in {path} is damaged: run convert.py")
 
-    return prefetch(read())
+    return read_ahead(read())
 
 
 # -------------------------------------------------------------------------------------------------
@@ -302,17 +283,3 @@ def merge(model: nn.Module, fused: Iterable[Weight], updates: Iterable[str]) -> 
                 value = mx.array(np.concatenate(list(cast(weight).blocks())))
                 layer[name] = value if value.dtype == mx.uint32 else value.astype(dtype)
         model.update_modules(tree_unflatten([(path, layer)]))
-
-
-# -------------------------------------------------------------------------------------------------
-# Write
-
-
-def write_npz(path: Path, weights: Iterable[Weight]) -> Iterator[int]:
-    """Write a `weights.npz` as convert.py does, byte for byte. Yield the bytes of each block."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for weight in weights:
-            with open_member(archive, weight.name, weight.dtype, weight.shape) as member:
-                for block in weight.blocks():
-                    member.write(block.data)
-                    yield block.nbytes

@@ -4,8 +4,9 @@ What config.json leaves out is as in transformers' classes.
 """
 
 import re
+from collections.abc import Iterator
 
-import torch
+import numpy as np
 
 from parts.lazy_tensors import LazyTensor, Shards
 from parts.module_names import TO_META
@@ -90,11 +91,12 @@ def permute(stored: LazyTensor, n_heads: int) -> LazyTensor:
     before its partner of the second, for RoPE of the "traditional" kind.
     """
 
-    def read() -> torch.Tensor:
-        halves = stored.read().unflatten(0, (n_heads, 2, -1))  # heads, halves, rows, columns
-        return halves.transpose(1, 2).flatten(0, 2)
+    def blocks() -> Iterator[np.ndarray]:
+        values = stored.read()
+        halves = values.reshape(n_heads, 2, -1, *values.shape[1:])  # heads, halves, rows, columns
+        yield np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
-    return LazyTensor(stored.shape, read)
+    return stored._replace(blocks=blocks)
 
 
 # -------------------------------------------------------------------------------------------------

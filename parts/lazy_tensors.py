@@ -1,31 +1,68 @@
-"""Tensors that stay in the files of torch and safetensors until they are read, one at a time; and
-the shards of one joined.
+"""Tensors that stay in their files until they are read, a few rows at a time; the files of
+safetensors; the shards of a tensor joined.
 """
 
+import json
+import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from safetensors import safe_open
 
 from parts.files import check_content
-from parts.legacy_torch import is_legacy, open_legacy
+from parts.float16 import to_float16
 
+BLOCK = 2**20  # values that are read at a time, if a row is not longer
 NOT_PARAMETERS = ("rope.freqs", ".rotary_emb.inv_freq")  # in some checkpoints; the model has them
+ITEM_TYPES = {  # of a tensor's values, as NumPy reads them: bfloat16 as its bits
+    **{name: name for name in ("float64", "float32", "float16", "int64", "int32", "int16")},
+    **{name: name for name in ("int8", "uint8", "uint16", "uint32", "uint64", "bool")},
+    "bfloat16": "uint16",
+}
+SAFETENSORS_TYPES = {  # what .safetensors files call them
+    **{f"F{bits}": f"float{bits}" for bits in (16, 32, 64)},
+    **{f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)},
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+}
 
 
 class LazyTensor(NamedTuple):
-    """A tensor in a file, or a shard of one: its shape, and a function that reads it.
-
-    The function opens the file each time: the pages of one that stays mapped into memory would add
-    up to the whole checkpoint.
+    """A tensor in a file, or a shard of one: its shape, its type, and a function that yields its
+    rows in blocks, from the first to the last; bfloat16's values as their bits, uint16.
     """
 
     shape: tuple[int, ...]
-    read: Callable[[], torch.Tensor]
+    dtype: str
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    def read(self) -> np.ndarray:
+        """Read all of it."""
+        blocks = list(self.blocks())
+        return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+class Weight(NamedTuple):
+    """An array to write: its name, shape and type, and a function that yields its rows in blocks,
+    from the first to the last. The rows of a head are never apart.
+
+    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as int16.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """The size in bytes."""
+        size = 2 if self.dtype == "bfloat16" else np.dtype(self.dtype).itemsize
+        return size * int(np.prod(self.shape))
 
 
 Shards = dict[str, list[LazyTensor]]  # of each tensor; one, but for Meta's larger models
@@ -35,48 +72,44 @@ Shards = dict[str, list[LazyTensor]]  # of each tensor; one, but for Meta's larg
 # Opening
 
 
-def open_torch(path: Path) -> dict[str, LazyTensor]:
-    """Open the tensors of a file of torch's. No code of the file is run (`weights_only`).
-
-    Raises ValueError when it is damaged, or holds anything else.
-    """
-
-    def load() -> dict[str, torch.Tensor]:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-
-    check_content(path)
-    try:
-        if is_legacy(path):
-            return {name: LazyTensor(*tensor) for name, tensor in open_legacy(path).items()}
-        state = load()
-    except Exception as error:  # a damaged archive raises almost anything
-        reason = str(error).split("\n")[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors ({reason})") from error
-    names_tensors = isinstance(state, dict) and all(
-        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
-    )
-    if not names_tensors:
-        raise ValueError(f"{path} does not hold tensors by name")
-    return {
-        name: LazyTensor(tuple(tensor.shape), lambda name=name: load()[name].detach())
-        for name, tensor in state.items()
-    }
-
-
 def open_safetensors(path: Path) -> dict[str, LazyTensor]:
-    """Open the tensors of a .safetensors file. Raises ValueError when it is damaged."""
+    """Open the tensors of a .safetensors file. Raises ValueError when it is damaged.
 
-    def read(name: str) -> torch.Tensor:
-        with safe_open(path, "pt") as file:
-            return file.get_tensor(name)
-
+    The format: https://github.com/huggingface/safetensors#format
+    """
     check_content(path)
     try:
-        with safe_open(path, "pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:
+        with open(path, "rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            end = path.stat().st_size - 8 - size
+            if end < 0:
+                raise ValueError("it ends before its tensors")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        opened = {name: open_stored(path, 8 + size, end, **header[name]) for name in header}
+        if end != max((stored["data_offsets"][1] for stored in header.values()), default=0):
+            raise ValueError("its size is not that of its tensors")
+    except Exception as error:  # a damaged file raises almost anything
         raise ValueError(f"{path} is damaged ({error})") from error
-    return {name: LazyTensor(shape, lambda name=name: read(name)) for name, shape in shapes.items()}
+    return opened
+
+
+def open_stored(
+    path: Path, start: int, end: int, dtype: str, shape: list[int], data_offsets: list[int]
+) -> LazyTensor:
+    """Return a tensor of a .safetensors file, as its header describes it.
+
+    start: of the tensors' bytes; end: how many these are. Raises ValueError where it is none.
+    """
+    first, last = data_offsets
+    shape, dtype = tuple(map(int, shape)), SAFETENSORS_TYPES.get(dtype, dtype)
+    item = np.dtype(ITEM_TYPES.get(dtype, "uint8"))
+    size = int(np.prod(shape, dtype=object)) * item.itemsize
+    if not 0 <= first <= last <= end or min(shape, default=0) < 0:
+        raise ValueError("a tensor lies outside of it")
+    if dtype in ITEM_TYPES and last - first != size:
+        raise ValueError("a tensor has another size than its shape")
+    return LazyTensor(shape, dtype, partial(read_blocks, path, start + first, shape, item))
 
 
 def collect_shards(files: Iterable[dict[str, LazyTensor]]) -> Shards:
@@ -113,44 +146,63 @@ def split_axis(name: str, shards: list[LazyTensor], shape: tuple[int, ...]) -> i
     raise ValueError(f"{name} has the shape {stored}, where the params imply {shape}")
 
 
-def read_parameters(
-    tensors: Shards, shapes: dict[str, tuple[int, ...]]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield the name and the float16 array of each parameter, in the order of `shapes`. The next
-    one is read while one is in use.
+def read_parameters(tensors: Shards, shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
+    """Return the parameters, in the order of `shapes`, as float16 that is read block by block.
 
-    Raises ValueError when a value is not finite in float16, or cannot be read.
+    The blocks raise ValueError when a value is not finite in float16, or cannot be read.
     """
-    return prefetch((name, read_float16(name, tensors[name], shapes[name])) for name in shapes)
+    return [
+        Weight(name, shape, "float16", partial(read_float16, name, tensors[name], shape))
+        for name, shape in shapes.items()
+    ]
 
 
-def read_float16(name: str, shards: list[LazyTensor], shape: tuple[int, ...]) -> np.ndarray:
-    """Read a tensor of that shape, its shards joined, as float16."""
+def read_float16(
+    name: str, shards: list[LazyTensor], shape: tuple[int, ...]
+) -> Iterator[np.ndarray]:
+    """Yield the rows of a tensor of that shape, its shards joined, in blocks of float16."""
     axis = split_axis(name, shards, shape)
     try:
-        read = [shard.read() for shard in (shards[:1] if axis is None else shards)]
-        for tensor in read:
-            if not tensor.is_floating_point():
-                raise TypeError(f"its values are {tensor.dtype}, which are no weights")
-        half = (read[0] if axis is None else torch.cat(read, axis)).to(torch.float16)
-        array = half.numpy()
+        for shard in shards:
+            if "float" not in shard.dtype:
+                raise TypeError(f"its values are {shard.dtype}, which are no weights")
+        joined = [half_blocks(shard) for shard in (shards[:1] if axis is None else shards)]
+        if axis:
+            yield np.concatenate([np.concatenate(list(blocks)) for blocks in joined], axis)
+        else:
+            yield from chain.from_iterable(joined)
+    except OverflowError as error:
+        raise ValueError(f"{name} holds {error}") from error
     except MemoryError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{name} cannot be read ({reason})") from error
-    if not all(map(torch.isfinite, torch.aminmax(half))):
-        raise ValueError(f"{name} holds values that are not finite in float16")
-    return array
 
 
-def prefetch(items: Iterable) -> Iterator:
-    """Yield the items, each made in a thread while the one before it is in use."""
-    items = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(next, items, None)
-        item = coming.result()
-        while item is not None:
-            coming = pool.submit(next, items, None)
-            yield item
-            item = coming.result()
+def all_blocks(weights: Iterable[Weight]) -> Iterator[tuple[Weight, np.ndarray]]:
+    """Yield the blocks of all weights, one after the other, each with its weight."""
+    return ((weight, block) for weight in weights for block in weight.blocks())
+
+
+def half_blocks(tensor: LazyTensor) -> Iterator[np.ndarray]:
+    """Yield the rows of a tensor in blocks of float16. Raises OverflowError."""
+    return (to_float16(block, tensor.dtype) for block in tensor.blocks())
+
+
+def read_blocks(
+    path: Path, start: int, shape: tuple[int, ...], dtype: np.dtype
+) -> Iterator[np.ndarray]:
+    """Yield the rows of an array in a file in blocks. start: of its first byte.
+
+    Raises ValueError where the file ends before them.
+    """
+    row = max(1, int(np.prod(shape[1:])))
+    n_rows = max(1, BLOCK // row)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(start)
+        for first in range(0, shape[0], n_rows):
+            block = np.empty((min(n_rows, shape[0] - first), *shape[1:]), dtype)
+            if file.readinto(memoryview(block).cast("B")) < block.nbytes:
+                raise ValueError(f"{path} ends before its values")
+            yield block

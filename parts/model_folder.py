@@ -5,9 +5,11 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
+from zipfile import ZipInfo
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from parts import device, tokenizers  # before MLX, for its BLAS
 from parts.cli import did_you_mean
 from parts.config_values import SHAPE
 from parts.files import check_content, read_json
+from parts.lazy_tensors import Weight, all_blocks
+from parts.pipeline import read_ahead, write_behind
 from parts.staging import check_folder, staged_folder
 
 import mlx.core as mx
@@ -183,14 +187,15 @@ def checksums(weights: Path) -> bytes:
 
 def write_model(
     target: Path,
-    arrays: Iterable[tuple[str, np.ndarray | mx.array]],
+    weights: Iterable[Weight],
     params: dict,
     files: dict[str, Path | bytes],
+    wrote: Callable[[int], object],
 ) -> None:
     """Write a model into the folder `target`, whole or not at all. Equal models give equal bytes.
 
-    arrays: each parameter's name and value; files: of the tokenizer and the chat template, by their
-    names, each a file to copy, or its content.
+    files: of the tokenizer and the chat template, by their names, each a file to copy, or its
+    content; wrote: is called with the bytes of weights that were written, as they are.
     Raises ValueError where another run writes there, or where something is in the way.
     """
     with staged_folder(target, FILES) as folder:
@@ -199,28 +204,28 @@ def write_model(
                 shutil.copyfile(content, folder / name)
             else:
                 (folder / name).write_bytes(content)
-        write_npz(folder / "weights.npz", arrays)
+        with closing(write_npz(folder / "weights.npz", weights)) as sizes:
+            for size in sizes:
+                wrote(size)
         (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
 
 
-def write_npz(path: Path, arrays: Iterable[tuple[str, np.ndarray | mx.array]]) -> None:
-    """Write an uncompressed .npz file, one array at a time. Equal arrays give equal bytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
-        for name, array in arrays:
-            array = np.ascontiguousarray(array)
-            with open_member(archive, name, array.dtype, array.shape) as member:
-                member.write(array.data)  # without the copy that NumPy's writer makes
-
-
-@contextmanager
-def open_member(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]
-) -> Iterator[BinaryIO]:
-    """Add an array to an .npz file: yield a file, which its values, in row-major order, follow."""
-    with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(member, header)
-        yield member
+def write_npz(path: Path, weights: Iterable[Weight]) -> Iterator[int]:
+    """Write an uncompressed .npz file, and yield the bytes of each block. Equal weights give equal
+    bytes. A thread makes the blocks, one writes them, and this one computes the checksums.
+    """
+    with (
+        closing(read_ahead(all_blocks(weights))) as coming,
+        write_behind(path) as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
+        for weight, blocks in groupby(coming, itemgetter(0)):
+            with archive.open(ZipInfo(f"{weight.name}.npy"), "w", force_zip64=True) as member:
+                kind = {"descr": np.dtype(weight.dtype).str, "fortran_order": False}
+                np.lib.format.write_array_header_1_0(member, {**kind, "shape": weight.shape})
+                for _, block in blocks:
+                    member.write(block.data)  # without the copy that NumPy's writer makes
+                    yield block.nbytes
 
 
 def check_target(mlx_path: Path, torch_path: Path) -> None:

@@ -12,11 +12,11 @@ another order (see `parts.hugging_face`). All layouts of one model convert to eq
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
+import numpy as np
 
 from parts.cli import did_you_mean
 from parts.files import find_file, read_json
@@ -26,10 +26,10 @@ from parts.lazy_tensors import (
     Shards,
     collect_shards,
     open_safetensors,
-    open_torch,
     split_axis,
 )
 from parts.params_json import params_of
+from parts.torch_files import open_torch
 from parts.unsupported import check_config, check_folder, check_params, check_tensor_names
 
 
@@ -167,23 +167,31 @@ def are_equal(embeddings: list[LazyTensor], output: list[LazyTensor]) -> bool:
     """
     try:
         axis = int(len(embeddings) > 1 and embeddings[0].shape[0] != output[0].shape[0])
-        first = [shard.read()[:1] for shard in (embeddings if axis else embeddings[:1])]
-        if not same_bits(torch.cat(first, axis), output[0].read()[:1]):
+        first = [next(shard.blocks())[:1] for shard in (embeddings if axis else embeddings[:1])]
+        if embeddings[0].dtype != output[0].dtype:
+            return False
+        if not same_bits(np.concatenate(first, axis), next(output[0].blocks())[:1]):
             return False
         if axis == 0 and len(embeddings) == len(output):
-            pairs = zip(embeddings, output, strict=True)
-            return all(same_bits(one.read(), other.read()) for one, other in pairs)
-        joined = torch.cat([shard.read() for shard in embeddings], axis)
-        return same_bits(joined, torch.cat([shard.read() for shard in output]))
+            pairs = zip(blocks_of(embeddings), blocks_of(output), strict=True)
+            return all(same_bits(one, other) for one, other in pairs)
+        joined = np.concatenate([shard.read() for shard in embeddings], axis)
+        return same_bits(joined, np.concatenate([shard.read() for shard in output]))
     except MemoryError:
         raise
     except Exception:
         return False
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two tensors have one type, one shape and equal values."""
-    return one.dtype == other.dtype and torch.equal(one, other)
+def blocks_of(shards: list[LazyTensor]) -> Iterator[np.ndarray]:
+    """Yield the rows of shards that are joined along the first axis, in blocks."""
+    for shard in shards:
+        yield from shard.blocks()
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays have one shape and equal bits."""
+    return one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conftest import MISTRAL_TOKENIZER, run_script
 
 from parts import source_checkpoints, source_tokenizers
 from parts.files import check_content
-from parts.legacy_torch import open_legacy
+from parts.torch_files import open_torch
 from parts.records import parse_record
 from parts.run_files import find_siblings
 
@@ -176,7 +176,7 @@ def test_a_tensor_of_an_old_file_lies_inside_its_storage(tmp_path):
     tensors = {"a": torch.ones(77)[7:], "b": torch.zeros(77)}
     torch.save(tensors, file, _use_new_zipfile_serialization=False)
     whole = file.read_bytes()
-    assert len(open_legacy(file)) == 2
+    assert len(open_torch(file)) == 2
     file.write_bytes(whole.replace(b"K\x07KF", b"K\x08KF"))
     with pytest.raises(ValueError, match="a lies outside of its storage"):
-        open_legacy(file)
+        open_torch(file)

@@ -1,0 +1,88 @@
+"""Read ahead and write behind, so that reading, computing and writing run side by side.
+
+What waits is bounded: a few blocks. What fails in a thread is raised where the next block is asked
+for or written, and no thread outlives its `with` or its generator.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+BLOCKS = 4  # that wait between two stages
+
+
+def read_ahead(items: Iterable, n_blocks: int = BLOCKS) -> Iterator:
+    """Yield the items, none of them None, made in a thread while those before them are in use."""
+    items = iter(items)
+    with ThreadPoolExecutor(1) as pool:
+        coming = deque(pool.submit(next, items, None) for _ in range(n_blocks))
+        try:
+            while (item := coming.popleft().result()) is not None:
+                coming.append(pool.submit(next, items, None))
+                yield item
+        finally:
+            for future in coming:
+                future.cancel()
+
+
+class WriteBehind:
+    """A file whose `write` returns before the bytes are in it: a thread writes them, in order.
+
+    What is written must not be changed afterwards. A failure is raised by a later call, by `flush`
+    at the latest.
+    """
+
+    def __init__(self, descriptor: int, pool: ThreadPoolExecutor) -> None:
+        self.descriptor = descriptor
+        self.pool = pool
+        self.position = 0
+        self.waiting = deque()
+
+    def write(self, content: bytes | memoryview) -> int:
+        """Write the content at the position, and return its size in bytes."""
+        content = memoryview(content).cast("B")
+        if len(self.waiting) == BLOCKS:
+            self.waiting.popleft().result()
+        self.waiting.append(self.pool.submit(write_at, self.descriptor, content, self.position))
+        self.position += len(content)
+        return len(content)
+
+    def tell(self) -> int:
+        """Return the position, in bytes, that is written next."""
+        return self.position
+
+    def seek(self, position: int) -> None:
+        """Write at this position next."""
+        self.position = position
+
+    def flush(self) -> None:
+        """Wait until all is written. Raises OSError where that failed."""
+        while self.waiting:
+            self.waiting.popleft().result()
+
+    def cancel(self) -> None:
+        """Leave unwritten what waits."""
+        for future in self.waiting:
+            future.cancel()
+
+
+@contextmanager
+def write_behind(path: str | Path) -> Iterator[WriteBehind]:
+    """Open a file to write behind. All is written at the end, or OSError is raised."""
+    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+        behind = WriteBehind(file.fileno(), pool)
+        try:
+            yield behind
+            behind.flush()
+        finally:
+            behind.cancel()
+
+
+def write_at(descriptor: int, content: memoryview, position: int) -> None:
+    """Write all of the content at a position of the file. Raises OSError."""
+    while content:
+        n_written = os.pwrite(descriptor, content, position)
+        content, position = content[n_written:], position + n_written
