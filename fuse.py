@@ -25,7 +25,8 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -247,10 +248,11 @@ def export_adapter(model: Model, args: argparse.Namespace) -> None:
         write(folder, matrices, adapters.scale_of(model), vars(model.args))
 
 
-def show_progress(sizes: Iterable[int], weights: list[Weight]) -> None:
+def show_progress(sizes: Iterator[int], weights: list[Weight]) -> None:
     """Write what `sizes` yields the bytes of, and show how many are done."""
     total = total_bytes(weights)
-    with tqdm(desc="Writing", total=total, unit="B", unit_scale=True, disable=None) as bar:
+    bar = tqdm(desc="Writing", total=total, unit="B", unit_scale=True, disable=None)
+    with closing(sizes), bar:
         for size in sizes:
             bar.update(size)
 

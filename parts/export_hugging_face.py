@@ -3,9 +3,9 @@ load: safetensors under its names and in its order of rows, config.json, the tok
 """
 
 import json
-import os
 import struct
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,7 +13,9 @@ from parts import chat
 from parts.byte_level_bpe import LLAMA3_PATTERN
 from parts.fusing import Weight, half_split, rotated, total_bytes
 from parts.hugging_face import CONFIG_TO_HUGGING_FACE, rename
+from parts.lazy_tensors import all_blocks
 from parts.module_names import TO_HUGGING_FACE
+from parts.pipeline import WriteBehind, read_ahead, write_behind
 from parts.staging import matching
 from parts.source_tokenizers import to_json
 from parts.tokenizer_export import begin_and_ends, tokenizer_files
@@ -101,10 +103,9 @@ def write_folder(folder: Path, weights: list[Weight], others: dict[str, bytes]) 
         (folder / name).write_bytes(content)
     shards = split_shards(weights)
     for name, shard in shards.items():
-        with open(folder / name, "wb") as file:
+        with write_behind(folder / name) as file:
             yield from write_safetensors(file, shard)
-            file.flush()
-            os.fsync(file.fileno())
+            file.sync()
     if len(shards) > 1:
         index = {
             "metadata": {"total_size": total_bytes(weights)},
@@ -126,7 +127,7 @@ def split_shards(weights: list[Weight]) -> dict[str, list[Weight]]:
     return {f"model-{i:05}-of-{n:05}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def write_safetensors(file: BinaryIO, weights: list[Weight]) -> Iterator[int]:
+def write_safetensors(file: BinaryIO | WriteBehind, weights: list[Weight]) -> Iterator[int]:
     """Write weights into an open file, block by block, and yield the bytes of each.
 
     The format: the size of a JSON object (uint64), the object, which has each tensor's type, shape
@@ -140,8 +141,8 @@ def write_safetensors(file: BinaryIO, weights: list[Weight]) -> Iterator[int]:
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the tensors start at a multiple of 8 bytes
     file.write(struct.pack("<Q", len(head)) + head)
-    for weight in weights:
-        for block in weight.blocks():
+    with closing(read_ahead(all_blocks(weights))) as blocks:
+        for _, block in blocks:
             file.write(block.data)
             yield block.nbytes
 

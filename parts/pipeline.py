@@ -63,6 +63,11 @@ class WriteBehind:
         while self.waiting:
             self.waiting.popleft().result()
 
+    def sync(self) -> None:
+        """Wait until all is on the disk. Raises OSError where that failed."""
+        self.flush()
+        os.fsync(self.descriptor)
+
     def cancel(self) -> None:
         """Leave unwritten what waits."""
         for future in self.waiting:

@@ -36,6 +36,7 @@ def make_model(folder: Path, n_layers: int) -> None:
     import numpy as np
 
     from convert import parameter_shapes
+    from parts.lazy_tensors import Weight
     from parts.model_folder import write_npz
 
     params = {**MISTRAL, "n_layers": n_layers, "rope_theta": 1e4, "bos_id": 1, "eos_ids": [2]}
@@ -46,8 +47,12 @@ def make_model(folder: Path, n_layers: int) -> None:
         return np.resize(np.roll(values, rng.integers(2**20)), size)
 
     shapes = parameter_shapes(params)
-    arrays = ((name, random(int(np.prod(s))).reshape(s)) for name, s in shapes.items())
-    write_npz(folder / "weights.npz", arrays)
+    weights = [
+        Weight(name, shape, "float16", lambda s=shape: iter([random(int(np.prod(s))).reshape(s)]))
+        for name, shape in shapes.items()
+    ]
+    for _ in write_npz(folder / "weights.npz", weights):
+        pass
     (folder / "params.json").write_text(json.dumps(params))
     tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(tokenizer, folder / "tokenizer.model")
