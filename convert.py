@@ -164,7 +164,7 @@ def packed_blocks(
         for arrays in quantize_blocks(blocks, settings, streams):
             packed, *others = map(np.array, arrays)
             for group, array in zip(groups, others, strict=True):
-                group.append(array)
+                group.append(array.astype(weight.dtype))
             yield packed
 
 
@@ -268,10 +268,11 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
         )
 
     # Nothing more is read before the file of the weights is written.
-    weights = read_parameters(checkpoint.tensors, shapes)
+    names = quantized_names(config) if args.quantize else set()
+    weights = read_parameters(checkpoint.tensors, shapes, names)
     if args.quantize:
         config = quantized_config(config, args)
-        for name in quantized_names(config):
+        for name in names:
             check_groups(name, shapes[name], config["quantization"])
         weights = quantize_each(weights, config)
     size, target = stored_bytes(shapes, config), mlx_path.resolve()
@@ -282,6 +283,7 @@ def convert(torch_path: Path, mlx_path: Path, args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Convert, and say what was written."""
+    device.keep_freed_memory()
     folder = Path(args.mlx_path)
     convert(Path(args.torch_path), folder, args)
     files = [folder / name for name in model_folder.FILES if (folder / name).is_file()]

@@ -4,7 +4,7 @@ safetensors; the shards of a tensor joined.
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from parts.files import check_content
-from parts.float16 import to_float16
+from parts.float16 import round_to_float16, to_float16
 
 BLOCK = 2**20  # values that are read at a time, if a row is not longer
 NOT_PARAMETERS = ("rope.freqs", ".rotary_emb.inv_freq")  # in some checkpoints; the model has them
@@ -65,6 +65,7 @@ class Weight(NamedTuple):
         return size * int(np.prod(self.shape))
 
 
+Cast = Callable[[np.ndarray, str], np.ndarray]
 Shards = dict[str, list[LazyTensor]]  # of each tensor; one, but for Meta's larger models
 
 
@@ -146,31 +147,44 @@ def split_axis(name: str, shards: list[LazyTensor], shape: tuple[int, ...]) -> i
     raise ValueError(f"{name} has the shape {stored}, where the params imply {shape}")
 
 
-def read_parameters(tensors: Shards, shapes: dict[str, tuple[int, ...]]) -> list[Weight]:
-    """Return the parameters, in the order of `shapes`, as float16 that is read block by block.
+def read_parameters(
+    tensors: Shards, shapes: dict[str, tuple[int, ...]], wide: Container[str] = ()
+) -> list[Weight]:
+    """Return the parameters, in the order of `shapes`, as float16 that is read block by block; of
+    the names in `wide` as `round_to_float16` has it.
 
     The blocks raise ValueError when a value is not finite in float16, or cannot be read.
     """
+    casts = {name: round_to_float16 if name in wide else to_float16 for name in shapes}
     return [
-        Weight(name, shape, "float16", partial(read_float16, name, tensors[name], shape))
+        Weight(
+            name,
+            shape,
+            "float16",
+            partial(read_parameter, name, tensors[name], shape, casts[name]),
+        )
         for name, shape in shapes.items()
     ]
 
 
-def read_float16(
-    name: str, shards: list[LazyTensor], shape: tuple[int, ...]
+def read_parameter(
+    name: str, shards: list[LazyTensor], shape: tuple[int, ...], cast: Cast
 ) -> Iterator[np.ndarray]:
-    """Yield the rows of a tensor of that shape, its shards joined, in blocks of float16."""
+    """Yield the rows of a tensor of that shape, its shards joined, in blocks."""
+
+    def blocks(shard: LazyTensor) -> Iterator[np.ndarray]:
+        return (cast(block, shard.dtype) for block in shard.blocks())
+
     axis = split_axis(name, shards, shape)
     try:
         for shard in shards:
             if "float" not in shard.dtype:
                 raise TypeError(f"its values are {shard.dtype}, which are no weights")
-        joined = [half_blocks(shard) for shard in (shards[:1] if axis is None else shards)]
         if axis:
-            yield np.concatenate([np.concatenate(list(blocks)) for blocks in joined], axis)
+            columns = [np.concatenate(list(blocks(shard))) for shard in shards]
+            yield np.concatenate(columns, axis)
         else:
-            yield from chain.from_iterable(joined)
+            yield from chain.from_iterable(map(blocks, shards[:1] if axis is None else shards))
     except OverflowError as error:
         raise ValueError(f"{name} holds {error}") from error
     except MemoryError:
@@ -183,11 +197,6 @@ def read_float16(
 def all_blocks(weights: Iterable[Weight]) -> Iterator[tuple[Weight, np.ndarray]]:
     """Yield the blocks of all weights, one after the other, each with its weight."""
     return ((weight, block) for weight in weights for block in weight.blocks())
-
-
-def half_blocks(tensor: LazyTensor) -> Iterator[np.ndarray]:
-    """Yield the rows of a tensor in blocks of float16. Raises OverflowError."""
-    return (to_float16(block, tensor.dtype) for block in tensor.blocks())
 
 
 def read_blocks(

@@ -10,6 +10,7 @@ process of its own, in turns. "quantization alone" is that of the same shapes, a
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -43,10 +44,15 @@ def make_checkpoint(folder: Path, n_layers: int) -> None:
     params = {**MISTRAL, "n_layers": n_layers}
     shapes = parameter_shapes({**params, "rope_theta": 1e4})
     generator = torch.Generator().manual_seed(0)
-    tensors = {
-        name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator)
-        for name, shape in shapes.items()
-    }
+    values = torch.empty(2**20, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator)
+
+    def random(shape: tuple[int, ...]) -> torch.Tensor:
+        """Return the values, again and again, from another one on for each tensor."""
+        start = int(torch.randint(len(values), (), generator=generator))
+        size = math.prod(shape)
+        return values.roll(start).repeat(size // len(values) + 1)[:size].clone().reshape(shape)
+
+    tensors = {name: random(shape) for name, shape in shapes.items()}
     torch.save(tensors, folder / "consolidated.00.pth")
     (folder / "params.json").write_text(json.dumps(params))
     tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
