@@ -8,7 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 BLOCKS = 4  # that wait between two stages
@@ -35,9 +35,9 @@ class WriteBehind:
     at the latest.
     """
 
-    def __init__(self, descriptor: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self.pool = pool
+        self.pool = ThreadPoolExecutor(1)
         self.position = 0
         self.waiting = deque()
 
@@ -68,22 +68,17 @@ class WriteBehind:
         self.flush()
         os.fsync(self.descriptor)
 
-    def cancel(self) -> None:
-        """Leave unwritten what waits."""
-        for future in self.waiting:
-            future.cancel()
+    def close(self) -> None:
+        """Leave unwritten what still waits, and end the thread."""
+        self.pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
 def write_behind(path: str | Path) -> Iterator[WriteBehind]:
     """Open a file to write behind. All is written at the end, or OSError is raised."""
-    with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
-        behind = WriteBehind(file.fileno(), pool)
-        try:
-            yield behind
-            behind.flush()
-        finally:
-            behind.cancel()
+    with open(path, "wb", buffering=0) as file, closing(WriteBehind(file.fileno())) as behind:
+        yield behind
+        behind.flush()
 
 
 def write_at(descriptor: int, content: memoryview, position: int) -> None:
