@@ -121,7 +121,10 @@ def quantize_blocks(
     """
     waiting = deque()
     for block, stream in zip(blocks, cycle(streams), strict=False):
-        waiting.append(mx.quantize(mx.array(block), **settings, stream=stream))
+        values = mx.array(block)
+        if values.dtype == mx.uint16:  # bfloat16's bits
+            values = values.view(mx.bfloat16, stream=stream).astype(mx.float32, stream=stream)
+        waiting.append(mx.quantize(values, **settings, stream=stream))
         mx.async_eval(waiting[-1])
         if len(waiting) > 2 * len(streams):
             yield waiting.popleft()
@@ -148,7 +151,7 @@ def quantize_each(weights: Iterable[Weight], config: dict) -> Iterator[Weight]:
             yield Weight(
                 f"{weight.name.removesuffix('weight')}{key}",
                 (weight.shape[0], weight.shape[1] // settings["group_size"]),
-                weight.dtype,
+                "float16",
                 partial(iter, arrays),
             )
 
@@ -164,7 +167,7 @@ def packed_blocks(
         for arrays in quantize_blocks(blocks, settings, streams):
             packed, *others = map(np.array, arrays)
             for group, array in zip(groups, others, strict=True):
-                group.append(array.astype(weight.dtype))
+                group.append(array.astype(np.float16))
             yield packed
 
 

@@ -4,11 +4,16 @@ torch casts well, but importing it takes longer than to convert a small model: h
 bfloat16, and torch what few checkpoints still hold.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 
 CHUNK = 2**17  # values that are cast at a time: the processor's cache holds them
 SIGN, REST = 0x8000, 0x7FFF  # of the bits of both types
-SMALLEST, N_NORMAL = 113 << 7, 30 << 7  # bfloat16's bits of 2**-14, and how many up to 2**16
+FRACTION = 7  # bits of bfloat16's fraction; its exponent counts from 127, float16's from 15
+# The exponents, as bfloat16 has them, of those values that have the form of others in float16 ...
+NORMAL = range(127 - 14, 127 + 16)
+EXACT = range(127 - 17, 127 + 16)  # ... and of those that float16 need not round
 GROUP = 8  # neighbours that are cast with care where one of them needs it
 
 
@@ -20,9 +25,8 @@ def to_float16(values: np.ndarray, dtype: str) -> np.ndarray:
     """
     values = np.ascontiguousarray(values)
     if dtype == "bfloat16":
-        flat = values.reshape(-1)
-        for start in range(0, len(flat), CHUNK):
-            cast_in_place(flat[start : start + CHUNK])
+        for chunk in chunks(values):
+            cast_in_place(chunk)
         return values.view(np.float16)
     if dtype != "float16":
         import torch
@@ -32,17 +36,23 @@ def to_float16(values: np.ndarray, dtype: str) -> np.ndarray:
     return values
 
 
-def round_to_float16(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the values as `to_float16` does, but where they are bfloat16 as float32: MLX computes
-    with that in less time.
+def round_to_float16(bits: np.ndarray) -> np.ndarray:
+    """Return bfloat16's bits, uint16, with the values rounded as `to_float16` does; they are
+    overwritten. bfloat16 holds what that yields: below 2**-17 float16 has fewer bits than it.
     """
-    if dtype != "bfloat16":
-        return to_float16(values, dtype)
-    wide = np.empty(values.shape, np.float32)
-    flat, bits = wide.reshape(-1), np.ascontiguousarray(values).reshape(-1)
-    for start in range(0, len(flat), CHUNK):
-        round_chunk(bits[start : start + CHUNK], flat[start : start + CHUNK])
-    return wide
+    bits = np.ascontiguousarray(bits)
+    for chunk in chunks(bits):
+        groups, rest = split_groups(chunk)
+        beyond = find_beyond(groups, EXACT)
+        groups[beyond] = to_bfloat16(cast_with_care(groups[beyond]))
+        rest[:] = to_bfloat16(cast_with_care(rest))
+    return bits
+
+
+def chunks(values: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield views of the values, some after the other."""
+    flat = values.reshape(-1)
+    return (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
 
 
 def cast_in_place(bits: np.ndarray) -> None:
@@ -53,34 +63,25 @@ def cast_in_place(bits: np.ndarray) -> None:
     """
     groups, rest = split_groups(bits)
     rest[:] = cast_with_care(rest)
-    beyond = find_beyond(groups)
+    beyond = find_beyond(groups, NORMAL)
     others = cast_with_care(groups[beyond])
-    half = groups & REST
-    half *= 8
-    half -= (127 - 15 << 10) & 0xFFFF
+    half = groups * 8  # which loses the sign, and of the exponent what is lost anyway
+    half -= (127 - 15 << FRACTION + 3) & 0xFFFF
     groups &= SIGN
     groups |= half
     groups[beyond] = others
 
 
-def round_chunk(bits: np.ndarray, wide: np.ndarray) -> None:
-    """Write bfloat16's values into `wide`, float32, rounded to float16. Raises OverflowError."""
-    np.left_shift(bits, 16, out=wide.view(np.uint32), dtype=np.uint32)
-    (groups, rest), (wide_groups, wide_rest) = split_groups(bits), split_groups(wide)
-    beyond = find_beyond(groups)
-    wide_groups[beyond] = cast_with_care(groups[beyond]).view(np.float16)
-    wide_rest[:] = cast_with_care(rest).view(np.float16)
+def split_groups(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return views of the bits: those in whole groups, a row each, and the rest."""
+    n = len(bits) // GROUP * GROUP
+    return bits[:n].reshape(-1, GROUP), bits[n:]
 
 
-def split_groups(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return views of the values: those in whole groups, a row each, and the rest."""
-    n = len(values) // GROUP * GROUP
-    return values[:n].reshape(-1, GROUP), values[n:]
-
-
-def find_beyond(groups: np.ndarray) -> np.ndarray:
-    """Return the indices of the groups of which a value is no normal one of float16."""
-    is_beyond = ((groups & REST) - SMALLEST) >= N_NORMAL  # unsigned: what is smaller wraps around
+def find_beyond(groups: np.ndarray, exponents: range) -> np.ndarray:
+    """Return the indices of the groups in which a bfloat16 has another exponent."""
+    above = (groups & REST) - (exponents.start << FRACTION)  # unsigned: what is below wraps around
+    is_beyond = above >= len(exponents) << FRACTION
     return np.flatnonzero(is_beyond.view(np.uint64) != 0)
 
 
@@ -90,6 +91,11 @@ def cast_with_care(bits: np.ndarray) -> np.ndarray:
         half = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).view(np.uint16)
     check_finite(half)
     return half
+
+
+def to_bfloat16(half: np.ndarray) -> np.ndarray:
+    """Return float16's bits as bfloat16's, which must hold the values."""
+    return (half.view(np.float16).astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
 def check_finite(bits: np.ndarray) -> None:

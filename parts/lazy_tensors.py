@@ -50,7 +50,7 @@ class Weight(NamedTuple):
     """An array to write: its name, shape and type, and a function that yields its rows in blocks,
     from the first to the last. The rows of a head are never apart.
 
-    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits as int16.
+    dtype: a NumPy type's name, or bfloat16, whose blocks are the bits in 16-bit integers.
     """
 
     name: str
@@ -65,7 +65,6 @@ class Weight(NamedTuple):
         return size * int(np.prod(self.shape))
 
 
-Cast = Callable[[np.ndarray, str], np.ndarray]
 Shards = dict[str, list[LazyTensor]]  # of each tensor; one, but for Meta's larger models
 
 
@@ -148,32 +147,31 @@ def split_axis(name: str, shards: list[LazyTensor], shape: tuple[int, ...]) -> i
 
 
 def read_parameters(
-    tensors: Shards, shapes: dict[str, tuple[int, ...]], wide: Container[str] = ()
+    tensors: Shards, shapes: dict[str, tuple[int, ...]], as_stored: Container[str] = ()
 ) -> list[Weight]:
-    """Return the parameters, in the order of `shapes`, as float16 that is read block by block; of
-    the names in `wide` as `round_to_float16` has it.
+    """Return the parameters, in the order of `shapes`, as float16 that is read block by block. Of
+    the names in `as_stored`, bfloat16 stays what it is, with its values rounded to float16.
 
     The blocks raise ValueError when a value is not finite in float16, or cannot be read.
     """
-    casts = {name: round_to_float16 if name in wide else to_float16 for name in shapes}
-    return [
-        Weight(
-            name,
-            shape,
-            "float16",
-            partial(read_parameter, name, tensors[name], shape, casts[name]),
-        )
-        for name, shape in shapes.items()
-    ]
+    weights = []
+    for name, shape in shapes.items():
+        dtypes = {shard.dtype for shard in tensors[name]}
+        dtype = "bfloat16" if name in as_stored and dtypes == {"bfloat16"} else "float16"
+        blocks = partial(read_parameter, name, tensors[name], shape, dtype)
+        weights.append(Weight(name, shape, dtype, blocks))
+    return weights
 
 
 def read_parameter(
-    name: str, shards: list[LazyTensor], shape: tuple[int, ...], cast: Cast
+    name: str, shards: list[LazyTensor], shape: tuple[int, ...], dtype: str
 ) -> Iterator[np.ndarray]:
     """Yield the rows of a tensor of that shape, its shards joined, in blocks."""
 
     def blocks(shard: LazyTensor) -> Iterator[np.ndarray]:
-        return (cast(block, shard.dtype) for block in shard.blocks())
+        if dtype == "bfloat16":
+            return map(round_to_float16, shard.blocks())
+        return (to_float16(block, shard.dtype) for block in shard.blocks())
 
     axis = split_axis(name, shards, shape)
     try:

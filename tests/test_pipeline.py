@@ -149,13 +149,11 @@ def test_every_bfloat16_is_rounded_as_torch_does(first):
         expected = torch_float16(bits)
         half = to_float16(bits.copy(), "bfloat16")
         assert half.tobytes() == expected.tobytes()
-        wide = round_to_float16(bits, "bfloat16")
-        assert wide.dtype == np.float32
-        assert wide.tobytes() == expected.astype(np.float32).tobytes()
+        rounded = round_to_float16(bits.copy()).astype(np.uint32) << 16
+        assert rounded.tobytes() == expected.astype(np.float32).tobytes()
 
 
-@pytest.mark.parametrize("cast", [to_float16, round_to_float16])
-def test_no_value_that_float16_lacks_gets_through(cast):
+def test_no_value_that_float16_lacks_gets_through():
     lacking = EVERY[~np.isfinite(torch_float16(EVERY))]
     assert len(lacking) > 10_000
     for bits in lacking[:: len(lacking) // 50]:
@@ -163,12 +161,14 @@ def test_no_value_that_float16_lacks_gets_through(cast):
         for place in (0, 20, 34):
             values[place] = bits
             with pytest.raises(OverflowError, match="not finite in float16"):
-                cast(values.copy(), "bfloat16")
+                to_float16(values.copy(), "bfloat16")
+            with pytest.raises(OverflowError, match="not finite in float16"):
+                round_to_float16(values.copy())
             values[place] = 0x3F80
     with pytest.raises(OverflowError):
-        cast(np.array([1, 7e4], np.float32), "float32")
+        to_float16(np.array([1, 7e4], np.float32), "float32")
     with pytest.raises(OverflowError):
-        cast(np.array([np.nan], np.float16), "float16")
+        to_float16(np.array([np.nan], np.float16), "float16")
 
 
 # -------------------------------------------------------------------------------------------------
