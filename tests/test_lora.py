@@ -113,9 +113,9 @@ def test_a_data_set_is_tokenized_once(tmp_path, docstrings):
     class CountingTokenizer(lora.Tokenizer):
         calls = 0
 
-        def encode(self, s, eos=False):
-            self.calls += 1
-            return super().encode(s, eos)
+        def encode_batch(self, texts, **options):
+            self.calls += len(texts)
+            return super().encode_batch(texts, **options)
 
     tokenizer = CountingTokenizer(MISTRAL_TOKENIZER)
     batches = lora.iterate_batches(dataset(tmp_path, docstrings[:8]), tokenizer, 4, train=True)

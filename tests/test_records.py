@@ -1,14 +1,19 @@
 """Texts, prompts with completions and chats: what a file may hold, and what malformed ones say."""
 
+import functools
 import json
 import random
+from collections import Counter
 
 import pytest
 from conftest import MISTRAL_TOKENIZER
 
+from parts import token_rows
 from parts.records import Chat, Completion, Records
 from parts.token_rows import encode_records
 from parts.tokenizers import Tokenizer
+
+import lora
 
 TOKENIZER = Tokenizer(MISTRAL_TOKENIZER)
 USER, ASSISTANT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo 😀"}
@@ -103,9 +108,9 @@ def test_prompts_are_masked_by_trls_rules(tmp_path):
         assert row.tolist() == [~i for i in ids[:n]] + ids[n:]
 
 
-def spoiled(rng: random.Random) -> bytes:
-    """A line of one of the kinds, with something wrong in its values or its bytes."""
-    record = json.loads(json.dumps(LINES[rng.choice(["completion", "chat"])]))
+def spoiled(rng: random.Random, whole: dict) -> bytes:
+    """A record's line, with something wrong in its values or its bytes."""
+    record = json.loads(json.dumps(whole))
     holder = record
     for _ in range(rng.randrange(4)):  # go down to some value
         key = rng.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
@@ -140,16 +145,30 @@ def spoiled(rng: random.Random) -> bytes:
     return bytes(line)
 
 
-def test_500_malformed_files_are_records_or_one_line(tmp_path):
-    """The fuzzing of tests/benchmarks, for prompts and chats."""
-    rng, n_errors = random.Random(0), 0
+def test_500_malformed_files_are_data_or_one_line(tmp_path, monkeypatch):
+    """The fuzzing of tests/benchmarks, for all kinds and with each flag; the templates' processes
+    stay from file to file.
+    """
+    monkeypatch.setattr(token_rows, "load_template", functools.cache(token_rows.load_template))
+    rng, n_errors, kinds = random.Random(0), 0, Counter()
     for _ in range(500):
-        lines = [spoiled(rng) for _ in range(rng.randrange(1, 4))]
+        whole = dict(rng.choice(list(LINES.values())))
+        if rng.random() < 0.7:
+            whole.pop("tools", None)  # which no built-in template has
+        lines = [json.dumps(whole).encode()] * rng.randrange(2) + [spoiled(rng, whole)]
+        path = tmp_path / "train.jsonl"
+        path.write_bytes(b"\n".join(lines))
+        masked, template = rng.random() < 0.5, rng.choice(["chatml", "llama2", "llama3", "mistral"])
         try:
-            for record in records(tmp_path, *lines):
-                assert isinstance(record, Completion | Chat | str)
+            dset = lora.Dataset(path, mask_prompt=masked, chat_template=template)
+            rows = dset.encode(TOKENIZER)
         except ValueError as error:
             n_errors += 1
             assert "train.jsonl" in str(error)
             assert "\n" not in str(error)
-    assert 100 < n_errors < 500
+        else:
+            kinds[type(dset[0]), masked] += 1
+            assert len(rows) + len(dset.left_out) == len(lines)
+    assert 100 < n_errors < 450
+    assert all(kinds[kind, masked] > 5 for kind in (Completion, Chat) for masked in (False, True))
+    assert kinds[str, False] > 5
