@@ -9,10 +9,14 @@ MODEL=${MODEL:-$here/base-model-mlx}
 ADAPTER=${ADAPTER:-$here/adapters.npz}
 QUESTION=${QUESTION:-What is ReLU in mlx?}
 FORMAT=${FORMAT:-text}  # of the records that the adapter was trained on: text, completion or chat
-special=""
-if [ "$FORMAT" = chat ]; then  # in ChatML, as run-training.sh trains the base model
-    PROMPT=${PROMPT:-"<|im_start|>user"$'\n'"$QUESTION<|im_end|>"$'\n'"<|im_start|>assistant"$'\n'}
-    special="--special-tokens"
+CHAT_TEMPLATE=${CHAT_TEMPLATE:-chatml}  # of chats, where the model has none of its own
+chat_flags=()
+if [ "$FORMAT" = chat ]; then
+    PROMPT=${PROMPT:-$QUESTION}
+    chat_flags=(--chat)
+    if [ ! -f "$MODEL/chat_template.jinja" ]; then
+        chat_flags+=(--chat-template "$CHAT_TEMPLATE")
+    fi
 fi
 PROMPT=${PROMPT:-"Q: $QUESTION"$'\n'"A:"}  # as the records have it
 NUM_TOKENS=${NUM_TOKENS:-256}  # at most; an adapted model stops where its texts do
@@ -20,7 +24,7 @@ TEMP=${TEMP:-0}  # greedy
 
 ask() {
     "$PYTHON" "$here/lora.py" --model "$MODEL" --prompt "$PROMPT" --num-tokens "$NUM_TOKENS" \
-        --temp "$TEMP" ${special:+"$special"} "$@"
+        --temp "$TEMP" ${chat_flags[@]+"${chat_flags[@]}"} "$@"
 }
 
 echo "== The base model"
