@@ -166,8 +166,9 @@ class Dataset:
         chat_template: str | None = None,
     ):
         if not Path(path).is_file():
+            what = "is no file" if os.path.lexists(path) else f"is missing{did_you_mean(path)}"
             raise FileNotFoundError(
-                f"{path} is missing{did_you_mean(path)}: --data takes a folder with train.jsonl, "
+                f"{path} {what}: --data takes a folder with train.jsonl, "
                 "valid.jsonl and test.jsonl, such as cwk_create_dataset.py makes"
             )
         check_content(path)
@@ -222,7 +223,9 @@ def load(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, Data
     """
     folder, options = Path(args.data), (args.mask_prompt, args.chat_template)
     train_set = Dataset(folder / "train.jsonl", "text", *options) if args.train else None
-    validates = args.train and ((folder / "valid.jsonl").exists() or args.patience is not None)
+    validates = args.train and (
+        os.path.lexists(folder / "valid.jsonl") or args.patience is not None
+    )
     val_set = Dataset(folder / "valid.jsonl", "text", *options) if validates else None
     test_set = Dataset(folder / "test.jsonl", "text", *options) if args.test else None
     return train_set, val_set, test_set

@@ -112,8 +112,7 @@ class ChatTemplate:
     ):
         self.name, self.source, self._seconds, self._process = name, source, seconds, None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self._ask({"template": source, "seconds": seconds})
-        self.has_marks = "endgeneration" in source
+        self.has_marks = self._ask({"template": source, "seconds": seconds})["has_marks"]
         day = str(date.today()) if "strftime_now" in source else ""
         self.digest = digest("\0".join([source, bos_token, eos_token, day]).encode())
 

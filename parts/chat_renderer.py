@@ -10,7 +10,7 @@ Reads lines of JSON, and answers each with one. The first is {"template": ..., "
 request is what the template is rendered with, and "parts": [[n, add_generation_prompt], ...], as
 often as the first n messages are rendered. An answer is {"parts": [part, ...]}, or {"error": ...};
 a part too is an error, or {"text": ..., "marks": [[start, end], ...]}, with the characters between
-`generation` and `endgeneration`.
+`generation` and `endgeneration`. Of the first, it is {"has_marks": whether there are such}.
 
 The environment is that of transformers: its options, filters and functions.
 """
@@ -38,6 +38,7 @@ class GenerationMarks(jinja2.ext.Extension):
     tags = {"generation"}
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.CallBlock:
+        self.environment.has_marks = True
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         call = self.call_method("mark")
@@ -81,6 +82,7 @@ def compile_template(source: str) -> jinja2.Template:
         lstrip_blocks=True,
         extensions=[GenerationMarks, jinja2.ext.loopcontrols],
     )
+    environment.has_marks = False
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -132,7 +134,7 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_PROF, seconds)
             if template is None:
                 template = compile_template(request["template"])
-                answer = {}
+                answer = {"has_marks": template.environment.has_marks}
             else:
                 answer = render_parts(template, request)
         except Exception as error:

@@ -200,6 +200,12 @@ def test_the_built_in_templates_are_the_published_formats(name, published):
         assert ours.render(messages, prompts).text == real.render(messages, prompts).text
 
 
+def test_marks_that_a_template_only_speaks_of_are_none(folder, tmp_path):
+    spoken = "{# no {% endgeneration %} here #}" + chat_templates.QWEN25
+    row = encoded(folder, tmp_path, spoken, ONE)
+    assert row.tolist() == encoded(folder, tmp_path, chat_templates.QWEN25, ONE).tolist()
+
+
 def test_an_ambiguous_template_is_refused_with_the_line(folder, tmp_path):
     joined = "{{ messages | map(attribute='content') | sort | join }}"
     with pytest.raises(ValueError, match=r"train.jsonl, line 1: .*t.jinja does not show which tok"):

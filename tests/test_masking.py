@@ -1,6 +1,7 @@
 """--mask-prompt: what counts in losses, gradients, evaluations, on ranks, and in resumed runs."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -194,6 +195,16 @@ def test_patience_wants_a_validation_set(tiny_model, data, tmp_path):
     process = train(tiny_model, tmp_path, tmp_path / "a.npz", "--patience", 2)
     assert process.returncode == 2
     assert "valid.jsonl is missing" in process.stderr
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "broken link"])
+def test_what_is_no_file_is_told_from_what_is_missing(tiny_model, data, tmp_path, kind):
+    make = {"pipe": os.mkfifo, "folder": os.mkdir, "broken link": lambda p: p.symlink_to("no")}
+    shutil.copy(data / "train.jsonl", tmp_path)
+    make[kind](tmp_path / "valid.jsonl")
+    process = train(tiny_model, tmp_path, tmp_path / "a.npz")
+    assert process.returncode == 2
+    assert f"{tmp_path}/valid.jsonl is no file: --data takes" in process.stderr
 
 
 @pytest.mark.parametrize("kind", ["completions", "chats"])
