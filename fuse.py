@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 from parts import adapter_export, adapter_formats, adapters, chat, cli, export_gguf
 from parts import export_hugging_face, flags, model_folder
 from parts.cli import did_you_mean
@@ -262,6 +262,7 @@ def run(args: argparse.Namespace) -> None:
     if args.save_path is None:
         args.save_path = DEFAULT_PATHS.get(args.format, "fused")
     check_arguments(args)
+    device.keep_freed_memory()
     torch.set_num_threads(1)  # its idle threads would take the time of the one that reads
     model, tokenizer, weights = open_model(Path(args.model))
     if args.format in adapter_export.FORMATS:
