@@ -2,11 +2,13 @@
 
     python tests/benchmarks/distributed.py
     python tests/benchmarks/distributed.py --shapes tiny --skip-link
+    python tests/benchmarks/distributed.py --backend nccl --ranks 1 2 4  # GPUs of this host
 
 Prints the bytes and seconds that joining the gradients takes for the shapes of 7 B and 70 B models;
 counts and times the same message between two network namespaces whose link carries 1 Gbit/s (needs
 Linux, root and iproute2); and times steps of one rank with all cores against two ranks with half of
-them each, in turns.
+them each, in turns. On GPUs, each rank has one, and a batch as large as that of one rank alone; the
+losses of steps on one batch, which the ranks split, are compared.
 """
 
 import argparse
@@ -30,6 +32,8 @@ MODELS = {  # dim, rows of wq, rows of wv, parameters of all layers and the outp
 }
 STEP_7B = 0.0755  # seconds of a step of 4 x 512 tokens on one H100, as README.md here has it
 RATES = [1, 10, 100]  # Gbit/s
+NCCL_PORT = 24100
+LOSS_STEPS, LOSS_RATE = 4, 1e-3  # of the steps whose losses are compared
 
 
 def lora_values(dim: int, wq_rows: int, wv_rows: int) -> int:
@@ -111,6 +115,26 @@ def run_ranks(hosts: list[str], under: list[list[str]], *work: str) -> dict:
     return json.loads(outputs[0])
 
 
+def run_on_gpus(n_ranks: int, *command: str) -> dict:
+    """Run a Python script on as many GPUs of this host, as `mlx.launch --backend nccl` does; return
+    what rank 0 prints last. Raises subprocess.CalledProcessError where a rank fails.
+    """
+    group = {"MLX_WORLD_SIZE": n_ranks, "NCCL_HOST_IP": "127.0.0.1", "NCCL_PORT": NCCL_PORT}
+    processes = []
+    for rank in range(n_ranks):
+        variables = {"CUDA_VISIBLE_DEVICES": rank}
+        if n_ranks > 1:
+            variables.update(group, MLX_RANK=rank)
+        env = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+        command_line = [sys.executable, *command]
+        processes.append(subprocess.Popen(command_line, env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in processes]
+    for process in processes:
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command)
+    return json.loads(outputs[0].splitlines()[-1])
+
+
 def message(n_values: str, n_times: str) -> dict:
     """Seconds for which a vector of that many float32 is joined with those of the other ranks."""
     from parts.ranks import Ranks
@@ -126,8 +150,12 @@ def message(n_values: str, n_times: str) -> dict:
         return {"seconds": (time.perf_counter() - start) / int(n_times)}
 
 
-def step(shape: str, n_times: str) -> dict:
-    """Seconds of a training step on random tokens."""
+def step(shape: str, n_times: str, dtype: str = "float32", n_split: str = "") -> dict:
+    """Seconds of a training step on random tokens, and tokens a second of all ranks together.
+
+    n_split: where given, each rank has a batch of its own, and the losses are those of steps on a
+    batch that as many ranks would have, which the ranks there are split.
+    """
     from training_step import SHAPES, make_ours
 
     import lora
@@ -137,20 +165,33 @@ def step(shape: str, n_times: str) -> dict:
     import mlx.core as mx
     import mlx.optimizers as optim
 
-    mx.random.seed(0)
-    with Ranks.join() as ranks:
-        model = make_ours(SHAPES[shape], "float32", 16)
-        *_, vocabulary, batch, length = SHAPES[shape]
-        streams = device.open_streams(batch // ranks.size, ranks.local_size)
-        train_on = lora.make_step(model, optim.Adam(1e-5), lora.loss, streams, ranks)
-        tokens = mx.random.randint(0, vocabulary, (batch, length + 1))
-        seconds = []
-        for _ in range(int(n_times) + 1):
+    *_, vocabulary, batch, length = SHAPES[shape]
+
+    def run(rows: int, rate: float, n_times: int) -> tuple[list[float], list[float]]:
+        """Losses and seconds of steps on a batch."""
+        mx.random.seed(1)
+        streams = device.open_streams(rows // ranks.size, ranks.local_size)
+        train_on = lora.make_step(model, optim.Adam(rate), lora.loss, streams, ranks)
+        tokens = mx.random.randint(0, vocabulary, (rows, length + 1))
+        inputs, targets, lengths = tokens[:, :-1], tokens[:, 1:], mx.full((rows,), length, mx.int32)
+        mx.eval(inputs, targets, lengths)
+        losses, seconds = [], []
+        for _ in range(n_times + 1):
             start = time.perf_counter()
-            train_on(tokens[:, :-1], tokens[:, 1:], mx.full((batch,), length, mx.int32))
+            losses.append(train_on(inputs, targets, lengths).loss.item())
             mx.eval(model.trainable_parameters())
             seconds.append(time.perf_counter() - start)
-        return {"seconds": statistics.median(seconds[1:])}
+        return losses, seconds[1:]
+
+    mx.random.seed(0)
+    with Ranks.join() as ranks:
+        model = make_ours(SHAPES[shape], dtype, 16)
+        losses, rows = [], batch
+        if n_split:
+            losses, _ = run(batch * int(n_split), LOSS_RATE, LOSS_STEPS)
+            rows *= ranks.size
+        seconds = statistics.median(run(rows, 1e-5, int(n_times))[1])
+        return {"seconds": seconds, "rate": rows * length / seconds, "losses": losses}
 
 
 def measure_link(n_times: int = 20) -> None:
@@ -171,9 +212,31 @@ def measure_link(n_times: int = 20) -> None:
     print(f"{result['seconds']:.4f} s each, by the formula {ideal:.4f}")
 
 
+def measure_gpus(shape: str, n_ranks: list[int], rounds: int, steps: int) -> None:
+    """Compare tokens a second and losses of different numbers of GPUs, in turns."""
+    results = {n: [] for n in n_ranks}
+    work = "--work", "step", shape, str(steps), "bfloat16", str(max(n_ranks))
+    for _ in range(rounds):
+        for n, turns in results.items():
+            turns.append(run_on_gpus(n, __file__, *work))
+    first = results[n_ranks[0]]
+    one, expected = statistics.median(turn["rate"] for turn in first), first[0]["losses"]
+    print(f"{shape}, bfloat16, medians of {rounds} rounds")
+    print("| GPUs | step, s | tokens/s | to the first | largest difference of a loss |")
+    print("|---|---|---|---|---|")
+    for n, turns in results.items():
+        rate = statistics.median(turn["rate"] for turn in turns)
+        seconds = statistics.median(turn["seconds"] for turn in turns)
+        losses = [zip(turn["losses"], expected, strict=True) for turn in turns]
+        error = max(abs(a / b - 1) for pairs in losses for a, b in pairs)
+        print(f"| {n} | {seconds:.4f} | {rate:,.0f} | {rate / one:.2f} | {error:.1e} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
-    parser.add_argument("--shapes", nargs="*", default=["tiny", "small"], help="for the steps")
+    parser.add_argument("--shapes", nargs="*", help="for the steps; tiny and small, or 7b on GPUs")
+    parser.add_argument("--backend", choices=["ring", "nccl"], default="ring")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="with nccl")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each contender")
     parser.add_argument("--steps", type=int, default=10, help="steps a turn")
     parser.add_argument("--skip-link", action="store_true", help="make no namespaces")
@@ -184,10 +247,14 @@ def main() -> None:
         name, *values = args.work
         print(json.dumps({"message": message, "step": step}[name](*values)))
         return
+    if args.backend == "nccl":
+        for shape in args.shapes or ["7b"]:
+            measure_gpus(shape, args.ranks, args.rounds, args.steps)
+        return
     print_table()
     if not args.skip_link:
         measure_link()
-    for shape in args.shapes:
+    for shape in args.shapes or ["tiny", "small"]:
         seconds = {1: [], 2: []}
         for _ in range(args.rounds):
             for n_ranks, turns in seconds.items():

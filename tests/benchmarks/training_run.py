@@ -4,11 +4,13 @@
     python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --iters 258
     python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --iters 500 \\
         --contenders ours "ours, packed" mlx-lm
+    python tests/benchmarks/training_run.py --shape 7b --dtype bfloat16 --gpus 1 2 4
 
 All train on the texts of --data, as the base model's tokenizer cuts them, with random weights, in
 a process of their own, in turns. The time is that of the whole run: tokenizing, batches, compiling,
 steps and reports. Batches are of 4 texts of at most 2,048 tokens; packed, of 4 times 2,048 tokens,
-and as many epochs take fewer iterations. Needs mlx-lm.
+and as many epochs take fewer iterations. Needs mlx-lm. With --gpus, ours alone runs on as many GPUs
+of this host, each with as large a batch.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
+from distributed import run_on_gpus
 from sentencepiece import SentencePieceProcessor
 from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
 
@@ -41,6 +44,7 @@ def run_ours(args: argparse.Namespace, folder: Path, pack: bool = False) -> tupl
     model = make_ours(with_vocabulary_of(args), args.dtype, 16)
     import lora
     from parts.packing import make_packing
+    from parts.ranks import Ranks
 
     import mlx.optimizers as optim
 
@@ -54,18 +58,20 @@ def run_ours(args: argparse.Namespace, folder: Path, pack: bool = False) -> tupl
     def train(iters: int) -> None:
         flags = ["--train", "--iters", str(iters), "--val-batches", "1"]
         flags += ["--adapter-file", str(folder / "adapters.npz"), *["--pack"] * pack]
-        flags += ["--batch-size", str(BATCH_SIZE), "--max-seq-length", str(MAX_LENGTH)]
+        flags += ["--batch-size", str(batch_size), "--max-seq-length", str(MAX_LENGTH)]
         options = lora.build_parser().parse_args(flags)
         optimizer = optim.Adam(1e-5)
-        lora.train(model, dataset, dataset, optimizer, lora.loss, tokenizer, options)
+        lora.train(model, dataset, dataset, optimizer, lora.loss, tokenizer, options, ranks)
 
-    train(ITERS_BEFORE)
-    dataset = lora.Dataset(args.data)
-    start = time.perf_counter()
-    train(n_iters)
-    seconds = time.perf_counter() - start
+    with Ranks.join() as ranks:
+        batch_size = BATCH_SIZE * ranks.size
+        train(ITERS_BEFORE)
+        dataset = lora.Dataset(args.data)
+        start = time.perf_counter()
+        train(n_iters)
+        seconds = time.perf_counter() - start
     options = {"train": True, "pack": MAX_LENGTH if pack else None}
-    batches = lora.iterate_batches(dataset, tokenizer, BATCH_SIZE, **options)
+    batches = lora.iterate_batches(dataset, tokenizer, batch_size, **options)
     return sum(int(lengths.sum()) for *_, lengths in islice(batches, n_iters)), seconds
 
 
@@ -130,6 +136,7 @@ def main() -> None:
     parser.add_argument("--fast-blas", action="store_true", help="give mlx-lm the BLAS we load")
     names = {"nargs": "+", "choices": CONTENDERS, "default": ["ours", "mlx-lm"]}
     parser.add_argument("--contenders", **names)
+    parser.add_argument("--gpus", type=int, nargs="+", default=[], help="ours alone, on so many")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -138,19 +145,27 @@ def main() -> None:
         print(json.dumps({"tokens": n_tokens, "seconds": seconds}))
         return
 
-    rates = {name: [] for name in args.contenders}
+    # What is compared: a contender on one device, or ours on so many GPUs.
+    runs = [("ours", n) for n in args.gpus] or [(name, None) for name in args.contenders]
+    rates = {run: [] for run in runs}
     for _ in range(args.rounds):
-        for name in rates:
-            command = [sys.executable, *sys.argv, "--one", name]
-            output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-            result = json.loads(output.splitlines()[-1])
-            rates[name].append(result["tokens"] / result["seconds"])
+        for name, n_gpus in runs:
+            command = [*sys.argv, "--one", name]
+            if n_gpus:
+                result = run_on_gpus(n_gpus, *command)
+            else:
+                command = [sys.executable, *command]
+                output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                result = json.loads(output.stdout.splitlines()[-1])
+            rates[name, n_gpus].append(result["tokens"] / result["seconds"])
     print(f"{args.shape}, {args.dtype}, {args.iters} iterations, medians of {args.rounds} rounds")
-    print("| | real tokens/s | ratio to the last |")
-    print("|---|---|---|")
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    for name, rate in medians.items():
-        print(f"| {name} | {rate:,.0f} | {rate / medians[args.contenders[-1]]:.2f} |", flush=True)
+    medians = {run: statistics.median(values) for run, values in rates.items()}
+    which = "first" if args.gpus else "last"
+    last = medians[runs[0 if args.gpus else -1]]
+    print(f"| | real tokens/s | ratio to the {which} |\n|---|---|---|")
+    for (name, n_gpus), rate in medians.items():
+        name += f", {n_gpus} GPU(s)" if n_gpus else ""
+        print(f"| {name} | {rate:,.0f} | {rate / last:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
