@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from parts import adapters, cli, device, dropout, model_folder, run_log  # before MLX
 from parts.adapter_formats import read_matrices
-from parts.adapters import from_vector, to_vector
+from parts.adapters import to_vector
 from parts.answers import Answer, ready_to_answer, warn_of_length
 from parts.batches import bucket_lengths, pad_batch
 from parts.chat import load_template
@@ -39,6 +39,7 @@ from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
 from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sampling_flags
 from parts.flags import add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
+from parts.joined_layers import layers_in_training
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.packing import make_packing, packed_batches
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
@@ -377,20 +378,20 @@ def make_step(
 
     max_grad_norm: scales gradients down to this norm, over all matrices, where it is above.
     """
-    loss_and_grad = dropout.with_keys(nn.value_and_grad(model, loss))
+    layers = layers_in_training(model, loss)
     vector = {"lora": to_vector(model.trainable_parameters())}
     optimizer.init(vector)
-    state = [model.state, optimizer.state, vector]
+    state = [optimizer.state, vector, *layers.state]
     n_values = vector["lora"].size
 
     def weighted_gradients(*rows: mx.array) -> mx.array:  # and the loss, and 1: (n_values + 2,)
-        (value, n_tokens), gradients = loss_and_grad(model, *rows)
-        return mx.concatenate([to_vector(gradients), mx.stack([value, mx.array(1.0)])]) * n_tokens
+        (value, n_tokens), gradient = layers.value_and_grad(vector["lora"], *rows)
+        return mx.concatenate([gradient, mx.stack([value, mx.array(1.0)])]) * n_tokens
 
     def sum_rows(stopping: mx.array, *batch: mx.array) -> mx.array:  # (n_values + 3,), float32
         matrices = model.trainable_parameters()
         sums = on_each_stream(streams, weighted_gradients, *batch, ranks=ranks)
-        model.update(matrices)  # for which `loss_and_grad` leaves what it traced
+        model.update(matrices)  # for which the gradients leave what they traced
         total = sum(sums) if sums else mx.zeros(n_values + 2)
         return mx.concatenate([total, stopping[None]])
 
@@ -406,11 +407,18 @@ def make_step(
         after = optimizer.apply_gradients({"lora": gradient}, vector)
         keep, rate = partial(mx.where, finite), optimizer.learning_rate
         vector.update(tree_map(keep, after, vector))
-        model.update(from_vector(vector["lora"], model.trainable_parameters()))
+        layers.put(vector["lora"])
         optimizer.state.update(tree_map(keep, optimizer.state, moments))
         return value, n_tokens, finite, stopping, rate
 
-    return device.bounded(make_start_step(sum_rows, update, state, ranks), state)
+    start_step = make_start_step(sum_rows, update, state, layers.outputs, ranks)
+
+    def step(*batch: mx.array, **options: bool) -> StepResult | mx.array:
+        result = start_step(*batch, **options)
+        layers.finish_step()
+        return result
+
+    return device.bounded(step, state)
 
 
 def train(

@@ -10,6 +10,7 @@ ops               the one door: each operation's CPU form, CUDA kernel, or MLX's
 ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
 recompute         cheap parts of the network computed again rather than kept
+joined_layers     the layers of a model in training, with fewer and larger operations
 linear_cross_entropy  the loss, without ever holding all logits
 nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
 config_values     whether values read from a file are what a dataclass says

@@ -1,5 +1,6 @@
 """The training kernels of ops_cuda.cu: what MLX computes in several passes over memory, in one."""
 
+import math
 from functools import lru_cache
 
 import numpy as np
@@ -25,16 +26,20 @@ def compiled_kernels(dtype: mx.Dtype) -> bytes | None:
 
 
 def run_kernel(
-    name: str, n_threads: int, inputs: list[mx.array], n_outputs: int, *scalars: int
+    name: str,
+    n_threads: int,
+    inputs: list[mx.array],
+    shapes: list[tuple[int, ...]],
+    *scalars: int,
 ) -> list[mx.array]:
-    """The outputs of a kernel, each in the shape and dtype of the first input."""
-    first = inputs[0]
+    """The outputs of a kernel, of these shapes, in the dtype of the first input."""
+    dtype = inputs[0].dtype
     return mx.fast.precompiled_cuda_kernel(
         name=name,
-        compiled_source=compiled_kernels(first.dtype),
+        compiled_source=compiled_kernels(dtype),
         inputs=inputs,
-        output_shapes=[first.shape] * n_outputs,
-        output_dtypes=[first.dtype] * n_outputs,
+        output_shapes=shapes,
+        output_dtypes=[dtype] * len(shapes),
         scalars=[n_threads, *scalars],
         grid=(n_threads, 1, 1),
         threadgroup=(256, 1, 1),
@@ -49,7 +54,59 @@ def float_bits(x: float) -> int:
 
 def swiglu_gradients(gate: mx.array, up: mx.array, cotangent: mx.array) -> list[mx.array]:
     """The gradients of gate and up in `silu(gate) * up`, all of one shape and dtype."""
-    return run_kernel("swiglu_gradients", gate.size // 8, [gate, up, cotangent], 2)
+    inputs = [gate, up, cotangent]
+    return run_kernel("swiglu_gradients", gate.size // 8, inputs, [gate.shape] * 2)
+
+
+def joined_swiglu(gate_up: mx.array) -> mx.array:
+    """`silu(gate) * up` (N, F), of rows of both (N, 2 F)."""
+    rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+    n_threads = rows * size // 8
+    return run_kernel("joined_swiglu", n_threads, [gate_up], [(rows, size)], size // 8)[0]
+
+
+def joined_swiglu_gradient(gate_up: mx.array, cotangent: mx.array) -> mx.array:
+    """The gradient of gate_up (N, 2 F) in `joined_swiglu`."""
+    inputs, n_threads, size = [gate_up, cotangent], cotangent.size // 8, cotangent.shape[1]
+    return run_kernel("joined_swiglu_gradient", n_threads, inputs, [gate_up.shape], size // 8)[0]
+
+
+def lora_inner(x: mx.array, matrix: mx.array) -> mx.array:
+    """x (N, D) times the transpose of a matrix (R, D) of few rows: (N, R)."""
+    (rows, dim), ranks = x.shape, len(matrix)
+    shapes, n_threads = [(rows, ranks)], rows * -(-ranks // 8) * 32
+    return run_kernel("lora_inner", n_threads, [x, matrix], shapes, dim // 8, ranks)[0]
+
+
+def lora_add(y: mx.array, inner: mx.array, matrix: mx.array) -> mx.array:
+    """y (N, O), plus inner (N, R) times a matrix (R, O) of few rows."""
+    inputs, (ranks, dim) = [y, inner, matrix], matrix.shape
+    return run_kernel("lora_add", y.size // 8, inputs, [y.shape], dim // 8, ranks)[0]
+
+
+def lora_gradients(
+    x: mx.array, inner_gradient: mx.array, cotangent: mx.array, inner: mx.array
+) -> list[mx.array]:
+    """The gradients (R, D) and (R, O) of a pair of LoRA matrices.
+
+    x: (N, D); cotangent: (N, O); inner: (N, R), the first matrix's product, and its gradient.
+    """
+    (rows, ranks), sizes = inner.shape, [x.shape[1] // 8, cotangent.shape[1] // 8]
+    n_threads = sum(sizes) * -(-ranks // 4) * 32
+    shapes = [(ranks, x.shape[1]), (ranks, cotangent.shape[1])]
+    inputs = [x, inner_gradient, cotangent, inner]
+    return run_kernel("lora_gradients", n_threads, inputs, shapes, rows, *sizes, ranks)
+
+
+def rms_norm_gradient(
+    x: mx.array, weight: mx.array, residual: mx.array, cotangent: mx.array, eps: float
+) -> mx.array:
+    """The gradient of x (..., D), whose cotangents are those of x itself, `residual`, and of x
+    normalised.
+    """
+    inputs, dim = [x, weight, residual, cotangent], x.shape[-1]
+    n_threads = x.size // dim * 32
+    return run_kernel("rms_norm_gradient", n_threads, inputs, [x.shape], dim, float_bits(eps))[0]
 
 
 def rms_norm_residual(x: mx.array, weight: mx.array, eps: float) -> tuple[mx.array, mx.array]:
@@ -65,9 +122,7 @@ def rms_norm_residual(x: mx.array, weight: mx.array, eps: float) -> tuple[mx.arr
     def both_vjp(
         x: mx.array, cotangents: tuple[mx.array, mx.array], _: tuple[mx.array, mx.array]
     ) -> mx.array:
-        inputs, dim = [x, weight, *cotangents], x.shape[-1]
-        n_threads = x.size // dim * 32
-        return run_kernel("rms_norm_gradient", n_threads, inputs, 1, dim, float_bits(eps))[0]
+        return rms_norm_gradient(x, weight, *cotangents, eps)
 
     return both(x)
 
@@ -80,7 +135,7 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope) -> mx.array:
 
     def rotate(x: mx.array, direction: int) -> mx.array:
         sizes = positions.size, heads, head_dim, direction, amplitude_bits
-        return run_kernel("rope", x.size // 8, [x, *tables], 1, *sizes)[0]
+        return run_kernel("rope", x.size // 8, [x, *tables], [x.shape], *sizes)[0]
 
     @mx.custom_function
     def rotated(x: mx.array) -> mx.array:
@@ -97,3 +152,34 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope) -> mx.array:
 def position_table(offset: int, length: int) -> mx.array:
     """The positions (length,), int32, from `offset` on."""
     return mx.array(np.arange(offset, offset + length, dtype=np.int32))
+
+
+def split_heads(
+    x: mx.array,
+    shape: tuple[int, int],
+    heads: int,
+    key_heads: int,
+    positions: mx.array,
+    rope: Rope,
+) -> list[mx.array]:
+    """Queries (B, L, heads, head_dim), keys and values (B, key_heads, L, head_dim) from all of them
+    (B L, (heads + 2 key_heads) head_dim); queries and keys are rotated.
+
+    shape: B, L. positions: (L,), which all rows have, or (B, L), int32.
+    """
+    (batch, length), head_dim = shape, rope.head_dim
+    shapes = [(batch, length, heads, head_dim)] + [(batch, key_heads, length, head_dim)] * 2
+    inputs = [x, frequency_table(rope), positions]
+    sizes = positions.size, length, heads, key_heads, head_dim, float_bits(amplitude(rope))
+    return run_kernel("split_heads", x.size // 8, inputs, shapes, *sizes)
+
+
+def join_heads(
+    queries: mx.array, keys: mx.array, values: mx.array, positions: mx.array, rope: Rope
+) -> mx.array:
+    """The gradient of `split_heads`, for those of what it returns."""
+    (batch, length, heads, head_dim), key_heads = queries.shape, keys.shape[1]
+    shape = batch * length, (heads + 2 * key_heads) * head_dim
+    inputs = [queries, keys, values, frequency_table(rope), positions]
+    sizes = positions.size, length, heads, key_heads, head_dim, float_bits(amplitude(rope))
+    return run_kernel("join_heads", math.prod(shape) // 8, inputs, [shape], *sizes)[0]

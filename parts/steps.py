@@ -18,27 +18,30 @@ def make_start_step(
     sum_rows: Callable[..., mx.array],
     update: Callable[[mx.array], tuple[mx.array, ...]],
     state: list,
+    outputs: list,
     ranks: Ranks,
 ) -> Callable[..., StepResult | mx.array]:
     """Return `start_step(*batch, stopping=False, last=True)`, which does not wait for the device.
 
     Unless a batch is the `last` of its update, it is only added to the sum. sum_rows: takes
     `stopping`, a float32 scalar, and a batch; returns a vector. update: takes that vector, summed,
-    and returns the fields of a StepResult. state: what these two read and write.
+    and returns the fields of a StepResult. state: what these two read and write. outputs: what
+    `update` writes besides.
     """
     held: mx.array | None = None  # the sum of the batches before
+    outputs = [*state, *outputs]
 
     if ranks.size == 1 or ranks.sum_on_gpu:  # NCCL's sum is the GPU's own work: part of the step
         compute = device.compiled(
-            lambda *batch: update(ranks.sum(sum_rows(*batch))), inputs=state, outputs=state
+            lambda *batch: update(ranks.sum(sum_rows(*batch))), inputs=state, outputs=outputs
         )
         finish = device.compiled(
-            lambda total: update(ranks.sum(total)), inputs=state, outputs=state
+            lambda total: update(ranks.sum(total)), inputs=state, outputs=outputs
         )
         sum_batch = device.compiled(sum_rows, inputs=state)
     else:
         sum_batch = device.compiled(sum_rows, inputs=state)
-        update = device.compiled(update, inputs=state, outputs=state)
+        update = device.compiled(update, inputs=state, outputs=outputs)
 
         # Any other sum is waited for by the processor, between two halves: macOS ends a GPU's work
         # that waits for some seconds, as for a slower rank.

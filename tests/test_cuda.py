@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from parts import decoder, decoder_cuda, device, kv_cache, nvrtc, ops_cuda
-from parts.adapters import to_vector
+from parts import decoder, decoder_cuda, device, joined_layers, kv_cache, nvrtc, ops_cuda
+from parts.adapters import PROJECTIONS, to_vector
 from parts.decoder import Decoder, generate_step
 from parts.files import digest
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 from mlx.utils import tree_map_with_path
 
 import lora
@@ -278,7 +279,7 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     attributes = {nvrtc.MULTIPROCESSORS: N_BLOCKS, nvrtc.MAX_SHARED_MEMORY: 100_000}
     monkeypatch.setattr(nvrtc, "attribute", attributes.get)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "compile", lambda function: function)
+    monkeypatch.setattr(mx, "compile", lambda function, **_: function)
     monkeypatch.setattr(mx.fast, "precompiled_cuda_kernel", run)
     return names
 
@@ -409,15 +410,29 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     assert "decoder_layer" not in emulated_cuda
 
 
+def packed_inputs(inputs: mx.array, positions: mx.array | None) -> mx.array:
+    """Token ids, with their positions where rows are packed."""
+    return inputs if positions is None else mx.stack([inputs, positions], -1)
+
+
 def gradients_of(
     model: Model, tokens: mx.array, lengths: mx.array, positions: mx.array | None = None
 ) -> mx.array:
     """The gradients of the model's loss, as one vector. positions: where rows are packed."""
-    inputs = tokens[:, :-1]
-    if positions is not None:
-        inputs = mx.stack([inputs, positions], -1)
+    inputs = packed_inputs(tokens[:, :-1], positions)
     _, tree = nn.value_and_grad(model, lora.loss)(model, inputs, tokens[:, 1:], lengths)
     return to_vector(tree)
+
+
+def trained(model: Model, batch: tuple[mx.array, ...]) -> mx.array:
+    """The model's LoRA matrices after two steps, as one vector; the model stays as it is."""
+    before = model.trainable_parameters()
+    with device.limits_restored():
+        step = lora.make_step(model, optim.SGD(0.1), lora.loss, device.open_streams(1))
+        assert [step(*batch).finite.item() for _ in range(2)] == [True, True]
+    after = to_vector(model.trainable_parameters())
+    model.update(before)
+    return after
 
 
 @pytest.mark.parametrize(
@@ -452,6 +467,44 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
         gradients(), expected, atol=tolerance * mx.abs(expected).max().item(), rtol=0
     )
     assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rope"}
+
+
+@pytest.mark.parametrize(
+    ("family", "projections", "bits", "min_size", "checkpoint"),
+    [
+        ("llama3", ["wq", "wv"], 16, 0, False),
+        ("qwen2", list(PROJECTIONS), 16, 2**20, False),
+        ("mistral", ["w1", "w2", "w3"], 4, 2**20, True),  # and packed
+        ("llama", ["wk", "wo"], 16, 0, True),
+    ],
+)
+def test_joined_layers_have_the_gradients_of_the_plain_network(
+    family, projections, bits, min_size, checkpoint, emulated_cuda, monkeypatch
+):
+    model = random_model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}), "float32", bits, False)
+    add_lora(model.train(), [1], projections, 3, 1.5)
+    randomly = lambda path, value: mx.random.normal(value.shape) * 0.3  # noqa: E731
+    model.update(tree_map_with_path(randomly, model.trainable_parameters()))
+    tokens, lengths = mx.random.randint(0, 50, (2, 6)), mx.array([5, 3])
+    positions = mx.array([[0, 1, 0, 1, 2], [0, 1, 2, 3, 4]]) if family == "mistral" else None
+    batch = packed_inputs(tokens[:, :-1], positions), tokens[:, 1:], lengths
+
+    expected = gradients_of(model, tokens, lengths, positions)
+    with monkeypatch.context() as plain:
+        plain.setattr(joined_layers, "fits", lambda model: False)
+        after = trained(model, batch) if family == "llama3" else None
+    emulated_cuda.clear()
+    monkeypatch.setattr(joined_layers, "MIN_SIZE_OF_WORK", min_size)
+    model.grad_checkpoint = checkpoint
+    layers = joined_layers.layers_in_training(model, lora.loss)
+    vector = to_vector(model.trainable_parameters())
+    (value, _), actual = layers.value_and_grad(vector, *batch)
+    assert value.item() == pytest.approx(lora.loss(model, *batch)[0].item(), rel=1e-5)
+    limit = 1e-5 * mx.abs(expected).max().item()
+    np.testing.assert_allclose(actual, expected, atol=limit, rtol=0)
+    assert set(emulated_cuda) >= {"joined_swiglu", "joined_swiglu_gradient", "split_heads"}
+    if after is not None:
+        np.testing.assert_allclose(trained(model, batch), after, atol=1e-5, rtol=0)
 
 
 # dim, hidden_dim, n_heads, n_kv_heads, head_dim
@@ -557,3 +610,18 @@ def test_on_a_gpu_a_training_step_has_the_gradients_of_the_plain_network(
     model.update(adapters)
     limit = tolerance * mx.abs(expected).max().item()
     np.testing.assert_allclose(gradients(), expected, atol=limit, rtol=0)
+    if family == "qwen3":
+        return
+    vector, batch = to_vector(adapters), (tokens[:, :-1], tokens[:, 1:], lengths)
+    with monkeypatch.context() as plain:
+        plain.setattr(joined_layers, "fits", lambda model: False)
+        after = trained(model, batch)
+    change = mx.abs(after - vector).max().item()
+    for min_size in 0, 2**20:
+        monkeypatch.setattr(joined_layers, "MIN_SIZE_OF_WORK", min_size)
+        layers = joined_layers.layers_in_training(model, lora.loss)
+        assert isinstance(layers, joined_layers.JoinedLayers)
+        actual = mx.compile(layers.value_and_grad)(vector, *batch)[1]
+        np.testing.assert_allclose(actual, expected, atol=limit, rtol=0)
+        actual = trained(model, batch)
+        np.testing.assert_allclose(actual, after, atol=tolerance * change, rtol=0)

@@ -1,0 +1,385 @@
+"""The layers of a model in training, with fewer and larger operations. A GPU that trains a small
+model waits for the processor, which launches operations one by one.
+
+Linear layers with the same input are one product, their LoRA matrices one pair, and a residual
+connection is part of the product before it. RoPE of queries and keys is one kernel, SwiGLU another
+(ops_cuda). A layer is two functions with gradients of their own, before and after attention.
+
+Shapes in comments: B rows of a batch, L positions, N = B L, D = `dim`, H = `n_heads`, K =
+`n_kv_heads`, R the ranks of a pair.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import dropout, ops, ops_cuda
+from parts.adapters import from_vector, to_vector
+from parts.merged_linear import base_linear, merge_weights, separate_weights, stack_biases
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+# A layer with a smaller input (numbers) waits for the processor, a larger one for the GPU.
+MIN_SIZE_OF_WORK = 2**21
+# A matrix begins at a multiple of so many numbers, as products want it.
+MULTIPLE = 128
+
+
+def waits_for_launches(x: mx.array) -> bool:
+    """Whether operations on x are so small that launching them takes longer. Then memory is no
+    matter, and what gradients need is kept, rather than computed again.
+    """
+    return x.size < MIN_SIZE_OF_WORK
+
+
+class JoinedLinear(nn.Module):
+    """Linear layers with the same input as one product: (N, D) to all outputs (N, O).
+
+    While it trains, it has a pair of LoRA matrices: `lora_a`, transposed (R, D), and `lora_b`
+    (R, O), times the scale, and 0 where an output is another layer's. Layers that are not adapted
+    have none.
+    """
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        linears = [base_linear(layer) for layer in layers]
+        self._layers = layers
+        self._ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
+        merge = merge_weights if len(linears) > 1 else lambda *_: separate_weights(linears)
+        (self._weights,) = merge(linears, self._ends)
+        self._bias = stack_biases(linears)
+        self._settings = None  # of quantized weights
+        if isinstance(linears[0], nn.QuantizedLinear):
+            self._settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
+        else:
+            self._transposed = self._weights[0].T
+            mx.eval(self._transposed)  # a view, which no step has to make again
+
+    def pair(self) -> list[mx.array]:
+        """The LoRA matrices, or none."""
+        return [self.lora_a, self.lora_b] if "lora_a" in self else []
+
+    def weight(self, transposed: bool = False) -> mx.array:
+        """The weights (O, D); or `transposed`, (D, O)."""
+        if self._settings:
+            weight = mx.dequantize(*self._weights, **self._settings)
+            return weight.T if transposed else weight
+        return self._transposed if transposed else self._weights[0]
+
+    def product(
+        self, x: mx.array, pair: list[mx.array], residual: mx.array | None = None
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The outputs, plus `residual`. For `gradients` in a list: x A (N, R), if there is a
+        pair.
+        """
+        addend = self._bias if residual is None else residual
+        weight = self.weight(transposed=True)
+        y = x @ weight if addend is None else mx.addmm(addend, x, weight)
+        if not pair:
+            return y, []
+        if waits_for_launches(x):
+            inner = ops_cuda.lora_inner(x, pair[0])
+            return ops_cuda.lora_add(y, inner, pair[1]), [inner]
+        inner = x @ pair[0].T
+        return mx.addmm(y, inner, pair[1]), [inner]
+
+    def gradients(
+        self, x: mx.array | None, inner: list[mx.array], cotangent: mx.array, pair: list[mx.array]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The gradients of x and of the pair. x is None where there is none."""
+        gradient = cotangent @ self.weight()
+        if not pair:
+            return gradient, []
+        if waits_for_launches(x):
+            of_inner = ops_cuda.lora_inner(cotangent, pair[1])
+            of_pair = ops_cuda.lora_gradients(x, of_inner, cotangent, *inner)
+            return ops_cuda.lora_add(gradient, of_inner, pair[0]), of_pair
+        of_inner = cotangent @ pair[1].T
+        of_pair = [of_inner.T @ x, inner[0].T @ cotangent]
+        return mx.addmm(gradient, of_inner, pair[0]), of_pair
+
+    def pair_positions(self, positions: dict[int, dict[str, np.ndarray]]) -> list[tuple]:
+        """Of each matrix of the pair: its name, which number of a vector each of its numbers is, -1
+        where it is 0, and the factor of that.
+
+        positions: of the numbers of each layer's matrices in the vector, by the layer's `id`.
+        """
+        columns, rows, factors = [], [], []
+        for layer, start, end in zip(self._layers, [0, *self._ends], self._ends, strict=False):
+            if id(layer) in positions:
+                a, b = (positions[id(layer)][name] for name in ("lora_a", "lora_b"))
+                others = (0, 0), (start, self._ends[-1] - end)
+                columns.append(a)
+                rows.append(np.pad(b, others, constant_values=-1))
+                factors.append(np.pad(np.full(b.shape, layer.scale), others))
+        if not columns:
+            return []
+        a, b = np.concatenate(columns, 1).T, np.concatenate(rows)
+        return [("lora_a", a, np.ones(a.shape)), ("lora_b", b, np.concatenate(factors))]
+
+
+class JoinedBlock(nn.Module):
+    """A transformer block in training. Between the first and the last, all positions of a batch are
+    one axis.
+    """
+
+    def __init__(self, block: nn.Module, batch: dict, is_last: bool):
+        super().__init__()
+        attention, feed_forward = block.attention, block.feed_forward
+        self.qkv = JoinedLinear(attention.wq, attention.wk, attention.wv)
+        self.wo = JoinedLinear(attention.wo)
+        self.gate_up = JoinedLinear(feed_forward.w1, feed_forward.w3)
+        self.w2 = JoinedLinear(feed_forward.w2)
+        self._attention = attention
+        self._norms = block.attention_norm, block.ffn_norm
+        self._batch = batch  # what all blocks have in common: its shape (B, L), and positions
+        self._has_gradient = True
+        self._is_last = is_last
+
+    def __call__(
+        self, x: mx.array, cache: None = None, packed: ops.PackedRows | None = None
+    ) -> tuple[mx.array, None]:
+        """(B, L, D) or (N, D) to the same shape, but that only the last returns (B, L, D).
+
+        packed: of rows that hold several texts; see `ops.attention`.
+        """
+        if x.ndim == 3:
+            positions = ops_cuda.position_table(0, x.shape[1])
+            positions = mx.contiguous(packed.positions) if packed else positions
+            self._batch.update(shape=x.shape[:2], positions=positions)
+            x = x.flatten(0, 1)
+        shape = self._batch["shape"]
+        before = self.before_attention(shape, self._batch["positions"])
+        x, queries, keys, values = before(x, self.qkv.pair())[:4]
+        out = ops.attention(
+            queries.swapaxes(1, 2),
+            keys,
+            values,
+            self._attention.scale,
+            self._attention.window,
+            packed,
+        )
+        out = out.swapaxes(1, 2).reshape(len(x), -1)
+        pairs = [layer.pair() for layer in (self.wo, self.gate_up, self.w2)]
+        x = self.after_attention()(x, out, pairs)[0]
+        return x.reshape(*shape, -1) if self._is_last else x, None
+
+    def before_attention(self, shape: tuple[int, int], positions: mx.array) -> Callable:
+        """A function of x (N, D) and the pair of `qkv`, which returns x, queries (B, L, H,
+        head_dim), keys and values (B, K, L, head_dim), and what else it keeps for its gradients.
+        """
+        attention, norm = self._attention, self._norms[0]
+        n_heads = attention.n_heads, attention.n_kv_heads
+        angles = positions, attention.rope
+
+        def keep(x: mx.array, pair: list[mx.array]) -> list[mx.array]:
+            """What the pair's gradients need: x normalised, and its product."""
+            normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
+            return [normed, normed @ pair[0].T]
+
+        def before(x: mx.array, pair: list[mx.array]) -> tuple[mx.array, ...]:
+            normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
+            y, inner = self.qkv.product(normed, pair)
+            heads = ops_cuda.split_heads(y, shape, *n_heads, *angles)
+            kept = [normed, *inner] if pair and waits_for_launches(x) else []
+            return x, *heads, *kept
+
+        if not self._has_gradient:
+            return before
+
+        def before_vjp(
+            primals: tuple[mx.array, list], cotangents: tuple, outputs: tuple
+        ) -> tuple[mx.array, list]:
+            x, pair = primals
+            residual, *heads = cotangents[:4]
+            cotangent = ops_cuda.join_heads(*heads, *angles)
+            kept = outputs[4:]
+            if pair and not kept:
+                (again,) = mx.depends([x], [cotangent])  # else it would live before
+                kept = keep(again, pair)
+            normed, *inner = kept or [None]
+            gradient, of_pair = self.qkv.gradients(normed, inner, cotangent, pair)
+            gradient = ops_cuda.rms_norm_gradient(x, norm.weight, residual, gradient, norm.eps)
+            return gradient, of_pair
+
+        function = mx.custom_function(before)
+        function.vjp(before_vjp)
+        return function
+
+    def after_attention(self) -> Callable:
+        """A function of x (N, D), what attention returns (N, H head_dim), and the pairs of `wo`,
+        `gate_up` and `w2`. It returns the block's output (N, D), and what it keeps for its
+        gradients.
+        """
+        norm, layers = self._norms[1], (self.wo, self.gate_up, self.w2)
+
+        def after(x: mx.array, out: mx.array, pairs: list) -> tuple:
+            x, inner_out = self.wo.product(out, pairs[0], x)
+            normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
+            gate_up, inner_up = self.gate_up.product(normed, pairs[1])
+            product = ops_cuda.joined_swiglu(gate_up)
+            y, inner_down = self.w2.product(product, pairs[2], x)
+            inputs = [normed] if pairs[1] else [], [product] if pairs[2] else []
+            return y, x, gate_up, [inner_out, inner_up, inner_down], inputs
+
+        if not self._has_gradient:
+            return after
+
+        def after_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+            (_, out, pairs), (cotangent, *_) = primals, cotangents
+            _, x, gate_up, inners, (normed, product) = outputs
+            wo, both, w2 = zip(layers, inners, pairs, strict=True)
+
+            def back(layer: tuple, inputs: list, cotangent: mx.array) -> tuple:
+                linear, inner, pair = layer
+                return linear.gradients(inputs[0] if inputs else None, inner, cotangent, pair)
+
+            of_product, pair_2 = back(w2, product, cotangent)
+            of_gate_up = ops_cuda.joined_swiglu_gradient(gate_up, of_product)
+            of_normed, pair_1 = back(both, normed, of_gate_up)
+            gradient = ops_cuda.rms_norm_gradient(x, norm.weight, cotangent, of_normed, norm.eps)
+            of_out, pair_0 = back(wo, [out], gradient)
+            return gradient, of_out, [pair_0, pair_1, pair_2]
+
+        function = mx.custom_function(after)
+        function.vjp(after_vjp)
+        return function
+
+
+class SeparateLayers:
+    """A model's own layers as they train: the matrices of its parameters.
+
+    `state` is what a step reads and writes besides, `outputs` what it writes.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        self.model = model
+        self.loss_and_grad = dropout.with_keys(nn.value_and_grad(model, loss))
+        self.state, self.outputs = [model.state], []
+
+    def value_and_grad(self, vector: mx.array, *batch: mx.array) -> tuple:
+        """What `loss(model, *batch)` returns, and the gradient of its first value: a vector
+        (`adapters.to_vector`), float32, as that of the matrices is, which the model has.
+        """
+        result, gradients = self.loss_and_grad(self.model, *batch)
+        return result, to_vector(gradients)
+
+    def put(self, vector: mx.array) -> None:
+        """Put the numbers of a vector in the place of the model's matrices."""
+        self.model.update(from_vector(vector, self.model.trainable_parameters()))
+
+    def finish_step(self) -> None:
+        """Do what is left to do outside of a compiled step."""
+
+
+class JoinedLayers(SeparateLayers):
+    """`JoinedBlock`s in their place. Their matrices hold the vector's numbers in another order.
+
+    All but the vector is constant to a compiled step: hundreds of weights that it is called with
+    would take it longer to look at than their products.
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable):
+        super().__init__(model, loss)
+        self.state, self.outputs = [], [{}]
+        self.dtype = model.layers[0].attention_norm.weight.dtype
+        self.parameters, positions = lora_positions(model)
+        self.blocks, batch = [], {}
+        self.matrices = []  # layer, name, shape, and start in `order` of each
+        orders, factors, start = [], [], 0
+        for block in model.layers:
+            joined = JoinedBlock(block, batch, block is model.layers[-1])
+            self.blocks.append(joined)
+            for layer in (joined.qkv, joined.wo, joined.gate_up, joined.w2):
+                for name, order, factor in layer.pair_positions(positions):
+                    self.matrices.append((layer, name, order.shape, start))
+                    orders.append(order.flatten())
+                    factors.append(factor.flatten())
+                    start += -(-order.size // MULTIPLE) * MULTIPLE
+            joined._has_gradient = bool(self.matrices)
+        # Which number of the vector each of the matrices' is, and the other way; factors of both,
+        # few, so that an index of a byte takes less memory.
+        order, factor = np.concatenate(orders), np.concatenate(factors)
+        place = np.empty(order.max() + 1, np.int32)
+        place[order[order >= 0]] = np.flatnonzero(order >= 0)
+        scales = np.unique(factor)
+        self.scales, self.place = mx.array(scales, mx.float32), mx.array(place)
+        self.factor_back = mx.array(np.searchsorted(scales, factor[place]), mx.uint8)
+        order, factor = (np.concatenate([*map(padded, each)]) for each in (orders, factors))
+        self.order = mx.array(np.maximum(order, 0), mx.int32)
+        self.factor = mx.array(np.searchsorted(scales, factor), mx.uint8)
+        mx.eval(self.order, self.factor, self.place, self.factor_back, model.parameters())
+
+    def value_and_grad(self, vector: mx.array, *batch: mx.array) -> tuple:
+        """See `SeparateLayers`; with the matrices of the vector."""
+        numbers = (vector[self.order] * self.scales[self.factor]).astype(self.dtype)
+        for layer, name, shape, start in self.matrices:
+            layer[name] = mx.as_strided(numbers, shape, offset=start)
+        layers, self.model.layers = self.model.layers, self.blocks
+        try:
+            result, gradients = self.loss_and_grad(self.model, *batch)
+        finally:
+            self.model.layers = layers
+            for layer, name, *_ in self.matrices:
+                del layer[name]
+        gradient = to_vector(gradients)[self.place].astype(mx.float32)
+        return result, gradient * self.scales[self.factor_back]
+
+    def put(self, vector: mx.array) -> None:
+        starts = np.cumsum([0] + [value.size for _, _, value in self.parameters])
+        # One operation a matrix, where `from_vector` takes two.
+        self.outputs[0]["matrices"] = [
+            mx.as_strided(vector, value.shape, offset=start)
+            for (_, _, value), start in zip(self.parameters, starts.tolist(), strict=False)
+        ]
+
+    def finish_step(self) -> None:
+        matrices = self.outputs[0].get("matrices", [])
+        for (layer, name, _), matrix in zip(self.parameters, matrices, strict=False):
+            layer[name] = matrix
+
+
+def padded(numbers: np.ndarray) -> np.ndarray:
+    """A vector with zeros up to a size that is a `MULTIPLE`."""
+    return np.pad(numbers, (0, -len(numbers) % MULTIPLE))
+
+
+def lora_positions(model: nn.Module) -> tuple[list[tuple], dict[int, dict[str, np.ndarray]]]:
+    """Layer, name and positions of each LoRA matrix: where its numbers are in the vector of all
+    (`adapters.to_vector`). And the positions by the layer's `id` and the name.
+    """
+    modules, parameters, positions, start = dict(model.named_modules()), [], {}, 0
+    for path, matrix in tree_flatten(model.trainable_parameters()):
+        module, _, name = path.rpartition(".")
+        numbers = np.arange(start, start + matrix.size).reshape(matrix.shape)
+        parameters.append((modules[module], name, numbers))
+        positions.setdefault(id(modules[module]), {})[name] = numbers
+        start += matrix.size
+    return parameters, positions
+
+
+def fits(model: nn.Module) -> bool:
+    """Whether `JoinedLayers` and their kernels serve for this model."""
+    if not hasattr(model, "hidden"):
+        return False
+    args, block = model.args, model.layers[0]
+    norm, linear = block.attention_norm.weight, base_linear(block.attention.wq)
+    trained = (name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters()))
+    return (
+        not args.qk_norm
+        and all(size % 8 == 0 for size in (args.dim, args.head_dim, args.hidden_dim))
+        and not any(module.dropout for module in model.modules() if "lora_a" in module)
+        and set(trained) == {"lora_a", "lora_b"}
+        and norm.dtype == linear.get("scales", linear.weight).dtype
+        and ops_cuda.has_kernels(norm)
+    )
+
+
+def layers_in_training(model: nn.Module, loss: Callable) -> SeparateLayers:
+    """Return the layers that train the model the fastest. Where they are `JoinedLayers`, the
+    weights of the model's own become views of theirs.
+    """
+    return (JoinedLayers if fits(model) else SeparateLayers)(model, loss)
