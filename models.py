@@ -74,7 +74,7 @@ class QuantizedLinear(nn.QuantizedLinear):
     def __call__(self, x: mx.array) -> mx.array:
         """(..., input_dims) to (..., output_dims)."""
         weights = self.weight, self.scales, self.biases
-        y = ops.quantized_matmul(x, *weights, self.group_size, self.bits)
+        y = ops.quantized_matmul(x, *weights, self.group_size, self.bits, self.training)
         return y + self.bias if "bias" in self else y
 
 

@@ -157,12 +157,18 @@ def rope(x: mx.array, offset: int | mx.array, rope: Rope, training: bool = False
         x = x * factor
     if length > 1:  # one for each row: MLX then takes x as it lies
         if not isinstance(offset, mx.array):
-            offset = mx.tile(mx.arange(offset, offset + length), batch)
+            offset = positions(offset, length, batch)
         offset = offset.flatten()
     options = {"traditional": True, "base": rope.theta, "scale": 1.0, "offset": offset}
     if rope.scaling:
         options.update(base=None, freqs=wavelength_table(rope))
     return mx.fast.rope(x.reshape(-1, heads, 1, head_dim), head_dim, **options).reshape(x.shape)
+
+
+@lru_cache(maxsize=4)  # what the layers have in common
+def positions(offset: int, length: int, batch: int) -> mx.array:
+    """`length` positions from `offset` on, for each row of a batch: (batch * length) int32."""
+    return mx.array(np.tile(np.arange(offset, offset + length, dtype=np.int32), batch))
 
 
 def rms_norm(x: mx.array, weight: mx.array, eps: float) -> mx.array:
@@ -182,20 +188,29 @@ def rms_norm_residual(
 
 
 def quantized_matmul(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    training: bool = True,
 ) -> mx.array:
     """x (..., K) times the transpose of N quantized rows: (..., N).
 
     Many rows of x are multiplied with dequantized weights where that beats MLX's own product: on a
-    CPU and with CUDA. They are not kept for the backward pass, but dequantized again.
+    CPU and with CUDA. In `training` they are not kept for the backward pass, but dequantized again.
     """
     settings = {"group_size": group_size, "bits": bits}
     if x.size // x.shape[-1] <= most_rows_of_mlx():
         return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **settings)
 
-    @mx.custom_function
     def product(x: mx.array) -> mx.array:
         return x @ mx.dequantize(weight, scales, biases, **settings).T
+
+    if not training:
+        return product(x)
+    product = mx.custom_function(product)
 
     @product.vjp
     def product_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
@@ -221,4 +236,4 @@ def most_rows_of_mlx() -> float:
     """The rows up to which MLX's product with quantized weights is the fastest."""
     if device.ON_CPU:
         return 2
-    return 16 if device.has_cuda() else math.inf
+    return 64 if device.has_cuda() else math.inf
