@@ -88,14 +88,26 @@ def separate_weights(linears: list[nn.Module]) -> list[list[mx.array]]:
 
 
 def merge_weights(linears: list[nn.Module], ends: list[int]) -> list[list[mx.array]]:
-    """Concatenate the weights of layers, and make the layers' own views of the result."""
+    """Concatenate the weights of layers, and make the layers' own views of the result. Layers that
+    have been merged before, and still have those views, share it.
+    """
+    merged, views = getattr(linears[0], "merged", ([], []))
+    if views and all(map(same_arrays, separate_weights(linears), views)):
+        return [merged]
     merged = [mx.concatenate(arrays) for arrays in zip(*separate_weights(linears), strict=True)]
-    for name, whole in zip(weight_names(linears[0]), merged, strict=True):
-        for linear, view in zip(linears, mx.split(whole, ends[:-1]), strict=True):
+    views = list(zip(*(mx.split(whole, ends[:-1]) for whole in merged), strict=True))
+    for linear, arrays in zip(linears, views, strict=True):
+        for name, view in zip(weight_names(linear), arrays, strict=True):
             linear[name] = view
+    object.__setattr__(linears[0], "merged", (merged, views))  # it is no parameter
     mx.eval(merged)
     mx.clear_cache()  # of what the merged weights have replaced
     return [merged]
+
+
+def same_arrays(some: list[mx.array], others: list[mx.array]) -> bool:
+    """Whether both hold the same arrays, and not only equal ones."""
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 def product_of(linear: nn.Module) -> Callable:
