@@ -1,6 +1,6 @@
 """The decoder's layers with CUDA: each is one kernel, of decoder_cuda.cu."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from parts import device, nvrtc
 from parts.kv_cache import KVCache
@@ -129,9 +129,35 @@ def kernel_layers(model: nn.Module) -> Callable | None:
     the model, or CUDA is not the device.
 
     Its code is made once in a process, in half a second to one. As the blocks of a kernel wait for
-    each other, and fill the GPU, no two of them may run at once.
+    each other, and fill the GPU, no two of them may run at once. The model keeps what is returned
+    for the next text, until one of its arrays is another.
     """
-    code = compiled_kernel(model) if device.has_cuda() else None
+    if not device.has_cuda():
+        return None
+    before, run = getattr(model, "kernel_layers", ([], None))
+    values = list(values_of(model))
+    if len(before) == len(values) and all(a is b for a, b in zip(before, values, strict=True)):
+        return run
+    run = prepare_layers(model)
+    object.__setattr__(model, "kernel_layers", (values, run))  # which are no parameters
+    return run
+
+
+def values_of(module: nn.Module) -> Iterator[object]:
+    """All that a module and those in it compute with: arrays, and scales of LoRA matrices."""
+    if "lora_a" in module:
+        yield module.scale
+    children = list(module.values()) if isinstance(module, dict) else module
+    for child in children:
+        if isinstance(child, dict | list):
+            yield from values_of(child)
+        else:
+            yield child
+
+
+def prepare_layers(model: nn.Module) -> Callable | None:
+    """See `kernel_layers`, which keeps what this returns."""
+    code = compiled_kernel(model)
     if not code:
         return None
     n_multiprocessors = nvrtc.attribute(nvrtc.MULTIPROCESSORS)
