@@ -5,49 +5,111 @@ launches the operations. So layers with one input are one product, and what come
 attention is compiled; with CUDA, a whole layer is one kernel (decoder_cuda).
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 
 from parts import device, ops
 from parts.decoder_cuda import kernel_layers
 from parts.kv_cache import KVCache
-from parts.merged_linear import MergedLinear
+from parts.merged_linear import MergedLinear, base_linear
 from parts.sampling import GREEDY, Sampler, Sampling
 
 import mlx.core as mx
 import mlx.nn as nn
 
 PREFILL_STEP = 512  # positions of a prompt that go through the model at once
+CUDA_PREFILL_STEP = 2048  # the same with CUDA
 PREFETCH = 2  # layers of a prompt that are queued while the device computes another
 
 
 def prefill(
     model: nn.Module, ids: list[int], caches: list[KVCache] | None = None
 ) -> list[KVCache] | None:
-    """The key-value caches, one a layer, after `ids`, which follow what is in `caches`, and go
-    through the model in pieces; None without anything. The caches given stay as they are.
-
-    A layer is queued when all but the `PREFETCH` layers right before it are computed, so that the
-    device never waits for the processor, and yet no more layers hold what they work with, such as
-    dequantized weights.
+    """The key-value caches, one a layer, after `ids`, which follow what is in `caches`; None
+    without anything. The caches given stay as they are.
     """
-    caches = list(caches or [None] * len(model.layers))
-    length = min(PREFILL_STEP, caches[0].max_update if caches[0] is not None else math.inf)
+    if not ids:
+        return caches
+    caches = [cache.copy() for cache in caches] if caches else empty_caches(model)
+    mx.eval(read_prompt(model, ids, caches))
+    device.give_back_memory()
+    return caches
+
+
+def empty_caches(model: nn.Module, max_size: int | None = None) -> list[KVCache]:
+    """A cache of no positions for each layer."""
+    args = model.args
+    blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), model.norm.weight.dtype)
+    return [KVCache(blank, blank, args.sliding_window, max_size) for _ in model.layers]
+
+
+def read_prompt(model: nn.Module, ids: list[int], caches: list[KVCache]) -> mx.array:
+    """What the layers make of the last of `ids`: (1, 1, D), still being computed. Their keys and
+    values are appended to `caches`.
+
+    The ids go through the model in pieces of about equal length. A layer is queued when all but the
+    `PREFETCH` layers right before it are computed, so that the device never waits for the
+    processor, and yet no more layers hold what they work with, such as dequantized weights.
+    """
+    step = min(prefill_step(model), caches[0].max_update)
+    length = -(-len(ids) // -(-len(ids) // step))
+    queue = deque()
     for start in range(0, len(ids), length):
-        # Queue the layers for this piece of the prompt.
+        is_last_piece = start + length >= len(ids)
         x = model.tok_embeddings(mx.array([ids[start : start + length]]))
-        queue = deque()
-        for i, layer in enumerate(model.layers):
-            x, caches[i] = layer(x, caches[i])
-            mx.async_eval(caches[i].state)  # and not x: only logits need that of the last layer
+        for layer, cache in zip(model.layers, caches, strict=True):
+            is_last = layer is model.layers[-1]
+            x = run_layer(layer, x, cache, last_only=is_last)
+            # Of a piece before the last, the last layer computes keys and values alone.
+            computed = cache.state if is_last and not is_last_piece else [x, *cache.state]
+            mx.async_eval(computed)
             # Wait for the layer before the last PREFETCH.
-            queue.append(caches[i].state)
+            queue.append(computed)
             if len(queue) > PREFETCH:
                 mx.eval(queue.popleft())
-        mx.eval([cache.state for cache in caches])
-    device.give_back_memory()
-    return caches if caches[0] is not None else None
+    return x
+
+
+def prefill_step(model: nn.Module) -> int:
+    """The positions of a prompt, at most, that go through the model at once: more where quantized
+    weights are dequantized for them.
+    """
+    step = CUDA_PREFILL_STEP if device.has_cuda() else PREFILL_STEP
+    return 2 * step if "scales" in base_linear(model.layers[0].feed_forward.w1) else step
+
+
+def run_layer(layer: nn.Module, x: mx.array, cache: KVCache, last_only: bool) -> mx.array:
+    """What a layer makes of x (1, L, D), the positions after those in `cache`, to which their keys
+    and values are appended: (1, L, D), or (1, 1, D) for the last position only.
+    """
+    attention, feed_forward = layer.attention, layer.feed_forward
+    queries, keys, values = attention.project(layer.attention_norm(x), cache.offset)
+    cache.update(keys, values)
+    if last_only:
+        x, queries = x[:, -1:], queries[:, :, -1:]
+    out = ops.attention(queries, *cache.filled(), attention.scale, attention.window)
+    x = add_product(x, attention.wo, out.transpose(0, 2, 1, 3).flatten(-2))
+    normed = layer.ffn_norm(x)
+    return add_product(x, feed_forward.w2, swiglu(feed_forward.w1(normed), feed_forward.w3(normed)))
+
+
+def add_product(x: mx.array, linear: nn.Module, inputs: mx.array) -> mx.array:
+    """x plus what a linear layer makes of the inputs: one operation where it is only a matrix."""
+    if linear.keys() == {"weight"}:
+        return mx.addmm(x, inputs, linear.weight.T)
+    return x + linear(inputs)
+
+
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`; on a GPU, which has no gradient to compute here, as one kernel."""
+    return ops.swiglu(gate, up) if device.ON_CPU else fused_swiglu(gate, up)
+
+
+@partial(mx.compile, shapeless=True)
+def fused_swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """`silu(gate) * up`."""
+    return nn.silu(gate) * up
 
 
 def generate_step(
@@ -64,24 +126,24 @@ def generate_step(
     rest. Raises FloatingPointError where the first logits are not finite.
     """
     model.eval()  # what only training needs is not made ready
-    if decoder is None:
-        decoder = Decoder(model, prefill(model, prompt_ids[:-1]))
-    elif decoder.offset < len(prompt_ids) - 1:
-        decoder.start(prefill(model, prompt_ids[decoder.offset : -1], decoder.caches))
+    decoder = decoder or Decoder(model)
     sampler = Sampler(sampling, [prompt_ids])
 
-    def step(ids: mx.array) -> mx.array:
-        return decoder(ids)[:, :vocab_size].astype(mx.float32)
+    def sampled(logits: mx.array) -> mx.array:
+        return logits[:, :vocab_size].astype(mx.float32)
 
-    logits = step(mx.array([prompt_ids[-1:]]))
+    logits = sampled(decoder.prefill(prompt_ids[decoder.offset :]))
+    token = sampler(logits)
+    mx.async_eval(token)
     if not mx.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite: give another --dtype")
-    token = sampler(logits)
+    yield token.item()  # before what decodes one token at a time is made ready
+    token = sampler(sampled(decoder(token[:, None])))
     while True:
         mx.async_eval(token)  # on its own, so that nobody who wants it waits for the next
         # The device computes the next token while the caller works with this one; or its logits,
         # where the sampler waits for these.
-        logits = step(token[:, None])
+        logits = sampled(decoder(token[:, None]))
         next_token = None if sampler.waits else sampler(logits)
         mx.async_eval(logits if sampler.waits else next_token)
         yield token.item()
@@ -101,21 +163,16 @@ class Decoder:
         caches: list[KVCache] | None = None,
         max_kv_size: int | None = None,
     ):
-        self.args, self.dtype = model.args, model.norm.weight.dtype
-        self.max_kv_size = max_kv_size
+        self.model, self.max_kv_size = model, max_kv_size
         self.start(caches)
         self.embed, self.norm = model.tok_embeddings, model.norm
         self.output = MergedLinear(model.output_layer)
-        self.run_layers = kernel_layers(model) or separate_layers(model)
 
     def start(self, caches: list[KVCache] | None = None) -> None:
         """Go on from the positions in other caches, by default from none: in ones of at most
         `max_kv_size` positions.
         """
-        args = self.args
-        blank = mx.zeros((1, args.n_kv_heads, 0, args.head_dim), self.dtype)
-        blank = KVCache(blank, blank, args.sliding_window, self.max_kv_size)
-        caches = caches or [blank] * args.n_layers
+        caches = caches or empty_caches(self.model, self.max_kv_size)
         self.caches = [cache.contiguous() for cache in caches]
         self.last = [cache.state for cache in self.caches]  # to compute before the caches grow
 
@@ -131,6 +188,20 @@ class Decoder:
         mx.eval(self.last)
         if not all(cache.trim(offset) for cache in self.caches):
             self.start()
+
+    @cached_property
+    def run_layers(self) -> Callable:
+        """What computes the layers for one token, made ready when the first one comes."""
+        device.give_back_memory()  # of the prompt
+        return kernel_layers(self.model) or separate_layers(self.model)
+
+    def prefill(self, ids: list[int]) -> mx.array:
+        """The logits (1, V) of the token after `ids`, which are not empty and go through the model
+        in pieces. After an error, only `start` makes the decoder fit for use.
+        """
+        mx.eval(self.last)  # and with it all that writes in place what is extended here
+        self.last = read_prompt(self.model, ids, self.caches)
+        return self.output(self.norm(self.last))[:, -1]
 
     def __call__(self, token: mx.array) -> mx.array:
         """The logits (1, V) of the token after `token`, (1, 1) integer."""
@@ -194,10 +265,6 @@ def after_attention(layer: nn.Module) -> Callable:
     feed_forward = layer.feed_forward
     wo, w2 = MergedLinear(layer.attention.wo), MergedLinear(feed_forward.w2)
     w13 = MergedLinear(feed_forward.w1, feed_forward.w3)
-
-    def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-        # On a GPU this is one kernel, compiled.
-        return ops.swiglu(gate, up) if device.ON_CPU else nn.silu(gate) * up
 
     def after(x: mx.array, attended: mx.array) -> mx.array:
         x = x + wo(attended.reshape(1, 1, -1))

@@ -96,6 +96,8 @@ class KVCache:
     def _moved(self, array: mx.array, n_first: int, n_last: int, room: int) -> mx.array:
         batch, n_kv_heads, _, head_dim = array.shape
         blank = mx.zeros((batch, n_kv_heads, room, head_dim), array.dtype)
+        if not n_first + n_last:
+            return blank
         last = array[:, :, self.n_filled - n_last : self.n_filled]
         return mx.concatenate([array[:, :, :n_first], last, blank], axis=2)
 

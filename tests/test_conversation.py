@@ -148,16 +148,16 @@ def assert_caches_hold(conversation, model, ids):
 def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch):
     """The tokens, the cache, and that no more is computed than is new."""
     conversation, model, tokenizer = load(chat_model)
-    lengths, prefill = [], decoder.prefill
+    lengths, read_prompt = [], decoder.read_prompt
 
-    def counted(model, ids, *caches):
+    def counted(model, ids, caches):
         lengths.append(len(ids))
-        return prefill(model, ids, *caches)
+        return read_prompt(model, ids, caches)
 
     so_far = []
     for question in (QUESTION, "And a vicuña?", "你好 😀"):
         ids = tokenizer.encode(rendered(*so_far, question), bos=False, special_tokens=True)
-        monkeypatch.setattr(decoder, "prefill", counted)
+        monkeypatch.setattr(decoder, "read_prompt", counted)
         answer = "".join(conversation.ask(question))
         monkeypatch.undo()
         expected = list(islice(generate_step(model, ids), len(conversation._ids) - len(ids)))
@@ -167,7 +167,7 @@ def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch)
         so_far += [question, answer]
     assert conversation.messages == said(*so_far)
     texts = [rendered(QUESTION), f"\n{rendered('And a vicuña?')}", f"\n{rendered('你好 😀')}"]
-    new = [len(tokenizer.encode(text, bos=False, special_tokens=True)) - 1 for text in texts]
+    new = [len(tokenizer.encode(text, bos=False, special_tokens=True)) for text in texts]
     assert lengths == new
 
 

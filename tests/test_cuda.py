@@ -394,10 +394,26 @@ def test_the_kernel_gives_the_logits_of_the_model(
 
 
 def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
-    """A process that only generates has none of them compiled."""
+    """Such a process has none of them compiled, and nothing before the first token."""
     model = Model(ModelArgs(**{**vars(ARGS), "n_layers": 1}))
-    next(generate_step(model, [1, 2, 3]))
+    ids = generate_step(model, [1, 2, 3])
+    next(ids)
+    assert not emulated_cuda
+    next(ids)
     assert set(emulated_cuda) == {"decoder_layer"}
+
+
+def test_the_kernel_is_made_ready_again_only_for_another_adapter(emulated_cuda):
+    model = random_model(ARGS, "float32", 16, adapted=True)
+    run = decoder_cuda.kernel_layers(model)
+    assert decoder_cuda.kernel_layers(model) is run
+    adapter = model.layers[-1].attention.wo
+    adapter.scale *= 2
+    assert decoder_cuda.kernel_layers(model) is not run
+    token = mx.array([[7]])
+    np.testing.assert_allclose(Decoder(model)(token), model(token)[0][:, -1], atol=1e-4, rtol=0)
+    adapter.lora_b = mx.zeros_like(adapter.lora_b)
+    np.testing.assert_allclose(Decoder(model)(token), model(token)[0][:, -1], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(

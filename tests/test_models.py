@@ -8,7 +8,7 @@ import torch
 import transformers
 from conftest import TINY
 
-from parts import device, kv_cache, merged_linear
+from parts import decoder, device, kv_cache, merged_linear
 from parts.adapters import PROJECTIONS
 from parts.decoder import Decoder, prefill
 
@@ -197,6 +197,39 @@ def test_a_decoder_gives_the_logits_of_the_model_and_leaves_it_as_it_was(
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapted"])
+def test_a_prompt_in_pieces_and_one_after_it_give_the_logits_of_one_pass(
+    window, adapted, both_ways, monkeypatch
+):
+    monkeypatch.setattr(decoder, "PREFILL_STEP", 8)
+    _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300, "sliding_window": window}))
+    if adapted:
+        add_lora(model, [1, 2], ["wq", "wo", "w2"])
+        model.layers[1].attention.wo.lora_b += 0.1
+    model.eval()
+    tokens = np.random.default_rng(1).integers(0, 300, 23).tolist()
+    expected = model(mx.array([tokens]))[0][0, [19, 20, 21, 22]]
+    decode = Decoder(model)
+    logits = [decode.prefill(tokens[:20]), decode(mx.array([tokens[20:21]]))]
+    logits += [decode.prefill(tokens[21:22]), decode(mx.array([tokens[22:]]))]
+    np.testing.assert_allclose(mx.concatenate(logits), expected, atol=1e-4, rtol=0)
+
+
+def test_decoders_of_a_model_share_its_merged_weights(monkeypatch):
+    go_as_on_a_gpu(monkeypatch)
+    _, model = reference(ModelArgs(**{**TINY, "vocab_size": 300}))
+    merged = []
+    for _ in range(2):
+        Decoder(model)(mx.array([[1]]))
+        merged.append([layer.attention.wk.weight for layer in model.layers])
+    assert all(a is b for a, b in zip(*merged, strict=True))
+    # Another weight is merged again.
+    model.layers[0].attention.wk.weight = mx.zeros_like(merged[0][0])
+    expected = model(mx.array([[1]]))[0][:, -1]
+    np.testing.assert_allclose(Decoder(model)(mx.array([[1]])), expected, atol=1e-4, rtol=0)
+
+
 def add_lora_to_both(
     args: ModelArgs,
     theirs: transformers.LlamaForCausalLM,
@@ -343,7 +376,8 @@ def test_a_quantized_layer_computes_what_its_dequantized_weights_say_and_so_does
     for rows in (1, 2, 3, 50):
         x = rng.normal(size=(1, rows, 128)).astype(np.float32)
         upstream = rng.normal(size=(1, rows, 96)).astype(np.float32)
-        np.testing.assert_allclose(layer(mx.array(x)), x @ weight.T, atol=1e-4)
+        for mode in (layer.eval(), layer.train()):
+            np.testing.assert_allclose(mode(mx.array(x)), x @ weight.T, atol=1e-4)
         gradient = mx.grad(lambda x, u=upstream: (layer(x) * mx.array(u)).sum())(mx.array(x))
         np.testing.assert_allclose(gradient, upstream @ weight, atol=1e-4)
 
