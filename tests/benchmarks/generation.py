@@ -6,12 +6,16 @@
         --tokens 16 --contenders ours mlx-lm
     python tests/benchmarks/generation.py --shape llama3-8b qwen2.5-7b --dtype float16 \\
         --bits 16 4 --contenders ours mlx-lm "mlx-lm, all quantized"
+    python tests/benchmarks/generation.py --shape 7b --dtype float16 --bits 16 4 \\
+        --first-token 64 1000 4000 --contenders ours mlx-lm
 
 Every contender runs in a process of its own, in turns: greedy, a prompt of --prompt tokens, then
 --tokens more. The second run of each process counts, since the first compiles kernels. Columns: the
 time up to the first token, which is the prompt's, the peak of memory, weights included, and the
 time of a token at the end to that of the 100th. "all quantized" has the embedding and the output
-projection in few bits, too, as `mlx_lm.convert` makes them. Needs mlx-lm and transformers.
+projection in few bits, too, as `mlx_lm.convert` makes them. With --first-token: only the time up to
+the first token after prompts of these lengths, the median of some runs in a process, that of the
+first run, in which kernels are compiled, and the peak of memory. Needs mlx-lm and transformers.
 """
 
 import argparse
@@ -27,6 +31,7 @@ import numpy as np
 from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
 
 WINDOW = 50  # tokens whose median time counts as that of one in their middle
+FIRST_TOKEN_RUNS = 7  # of a process, after the first
 
 
 def prepare_ours(shape: tuple, dtype: str, bits: int) -> Callable[[list[int], int], Iterator[int]]:
@@ -148,13 +153,17 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--bits", type=int, nargs="+", default=[16], help="16: not quantized")
     parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--first-token", type=int, nargs="+", metavar="PROMPT", help="lengths")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(measure(args)))
+        print(json.dumps(measure_first_token(args) if args.first_token else measure(args)))
+        return
+    if args.first_token:
+        first_token_table(args)
         return
 
     print(
@@ -171,8 +180,53 @@ def main() -> None:
             compare(names, shape, bits, args)
 
 
-def compare(names: list[str], shape: str, bits: int, args: argparse.Namespace) -> None:
-    """Print a line for each contender, each measured `--rounds` times, in turns."""
+def measure_first_token(args: argparse.Namespace) -> dict[str, dict]:
+    """For each length of a prompt: seconds up to the first token, the median of some runs and that
+    of the first one, and the peak of memory in GB.
+    """
+    start = CONTENDERS[args.one](SHAPES[args.shape[0]], args.dtype, args.bits[0])
+    results = {}
+    for length in args.first_token:
+        prompt = np.random.default_rng(0).integers(0, SHAPES[args.shape[0]][5], length).tolist()
+        reset_peak_memory()
+        seconds = []
+        for _ in range(1 + FIRST_TOKEN_RUNS):
+            begin = time.perf_counter()
+            tokens = start(prompt, 2)
+            next(tokens)
+            seconds.append(time.perf_counter() - begin)
+            next(tokens)  # which some queue before they give the first: it does not count twice
+        peak = peak_memory() / 1e9
+        median_time = statistics.median(seconds[1:])
+        results[str(length)] = {"first": seconds[0], "time": median_time, "peak": peak}
+    return results
+
+
+def first_token_table(args: argparse.Namespace) -> None:
+    """Print a line for each contender and length of a prompt, of processes in turns."""
+    print(f"{args.dtype}, medians of {args.rounds} processes in turns\n")
+    print("| shape | bits | prompt | | ms | ours to it | the first run's ms | peak, GB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for shape in args.shape:
+        for bits in args.bits:
+            results = in_turns(args.contenders, shape, bits, args)
+            for length in map(str, args.first_token):
+                runs = {name: [r[length] for r in found] for name, found in results.items()}
+                ours = median(runs["ours"], "time") if "ours" in runs else math.nan
+                for name, found in runs.items():
+                    seconds, first = median(found, "time"), median(found, "first")
+                    print(
+                        f"| {shape} | {bits} | {length} | {name} | {1000 * seconds:.1f} "
+                        f"| {ours / seconds:.2f} | {1000 * first:.0f} "
+                        f"| {median(found, 'peak'):.2f} |".replace("nan", ""),
+                        flush=True,
+                    )
+
+
+def in_turns(
+    names: list[str], shape: str, bits: int, args: argparse.Namespace
+) -> dict[str, list[dict]]:
+    """What `--rounds` processes of each contender measure."""
     results = {name: [] for name in names}
     for _ in range(args.rounds):
         for name in names:
@@ -180,11 +234,19 @@ def compare(names: list[str], shape: str, bits: int, args: argparse.Namespace) -
             for flag in ("dtype", "prompt", "tokens"):
                 command += [f"--{flag}", str(getattr(args, flag))]
             command += ["--bits", str(bits)]
+            if args.first_token:
+                command += ["--first-token", *map(str, args.first_token)]
             output = subprocess.run(command, capture_output=True, text=True, check=False)
             if output.returncode:
                 print(f"{name} failed: {output.stderr[-500:]}", file=sys.stderr)
                 continue
             results[name].append(json.loads(output.stdout.splitlines()[-1]))
+    return results
+
+
+def compare(names: list[str], shape: str, bits: int, args: argparse.Namespace) -> None:
+    """Print a line for each contender, each measured `--rounds` times, in turns."""
+    results = in_turns(names, shape, bits, args)
     ours = median(results["ours"], "speed") if "ours" in results else math.nan
     for name, runs in results.items():
         if runs:
