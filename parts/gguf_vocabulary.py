@@ -80,15 +80,23 @@ def read_gguf_vocabulary(folder: Path, vocab_size: int) -> GGUFVocabulary:
 def from_sentencepiece(path: Path) -> GGUFVocabulary:
     """Return the vocabulary of a SentencePiece model and the tokens added to it.
 
-    An unused piece is a normal one: llama.cpp would join it as well, and show nothing for it. It
-    does not make one space of several, which no Llama asks for: a warning says so.
+    An unused piece, which SentencePiece splits again, llama.cpp would join. It joins none that has
+    a space: its texts have ▁ there. So such a piece gets a space, which shows where it is written.
+    A space that is a piece of byte fallback alone is ▁: llama.cpp would take the bytes of ▁.
+    It does not make one space of several, which no Llama asks for: a warning says so.
     """
     proto, added = read_vocabulary(path)
     spec = proto.normalizer_spec
     if spec.remove_extra_whitespaces:
         warn(f"{path} makes one space of several, and llama.cpp does not: it reads other tokens")
-    tokens = [piece.piece.replace(" ", "▁") for piece in proto.pieces]
+    tokens = [
+        with_space(piece.piece) if piece.type == UNUSED else piece.piece.replace(" ", "▁")
+        for piece in proto.pieces
+    ]
     types = [NORMAL if piece.type == UNUSED else piece.type for piece in proto.pieces]
+    if "▁" not in tokens and "<0x20>" in tokens:
+        space = tokens.index("<0x20>")
+        tokens[space], types[space] = "▁", NORMAL
     scores = [piece.score for piece in proto.pieces]
     for token in added:
         missing = range(len(tokens), token.id)
@@ -105,6 +113,12 @@ def from_sentencepiece(path: Path) -> GGUFVocabulary:
         space_prefix=spec.add_dummy_prefix,
         extra_spaces=spec.remove_extra_whitespaces,
     )
+
+
+def with_space(piece: str) -> str:
+    """Return the piece with a space in it: before the last character, where it has none."""
+    piece = piece.replace("▁", " ")
+    return piece if " " in piece else f"{piece[:-1]} {piece[-1:]}"
 
 
 def from_tokenizer_json(path: Path) -> GGUFVocabulary:

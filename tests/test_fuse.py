@@ -8,7 +8,7 @@ import shutil
 import signal
 import tracemalloc
 from argparse import Namespace
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ import transformers
 from conftest import QUICK, call_script, script_in_forks, write_quick_tokenizer
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from mlx_lm.generate import generate_step as mlx_generate_step
+from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 from test_families import FAMILIES, our_args
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -33,7 +34,7 @@ from models import Model, ModelArgs, add_lora
 from parts import adapters, chat, export_hugging_face, fusing
 from parts.byte_level_bpe import LLAMA3_PATTERN, begin_with
 from parts.decoder import generate_step
-from parts.gguf_vocabulary import TEKKEN
+from parts.gguf_vocabulary import TEKKEN, GGUFVocabulary, read_gguf_vocabulary
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
@@ -234,6 +235,55 @@ def test_a_gguf_file_holds_the_same_weights(case, exported, tmp_path):
     with torch.no_grad():
         logits = model(torch.tensor([case.ids])).logits.numpy()
     np.testing.assert_allclose(logits, case.logits, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------------------------
+# A tokenizer as llama.cpp reads it
+
+
+def read_as_llama_cpp(vocabulary: GGUFVocabulary, text: str) -> list[int]:
+    """What llama.cpp does for "llama": it joins the two neighbours whose joint text has the highest
+    score, the first of them; what is no token then is bytes. A space is ▁ to it.
+    """
+    ids = {token: i for i, token in enumerate(vocabulary.tokens)}
+    parts = list(text.replace(" ", "▁"))
+    while True:
+        joints = [a + b for a, b in pairwise(parts)]
+        scores = [(vocabulary.scores[ids[j]], -i) for i, j in enumerate(joints) if j in ids]
+        if not scores:
+            break
+        i = -max(scores)[1]
+        parts[i : i + 2] = [joints[i]]
+    bytes_of = [
+        [part] if part in ids else [f"<0x{b:02X}>" for b in part.encode()] for part in parts
+    ]
+    return [ids[token] for tokens in bytes_of for token in tokens]
+
+
+def test_llama_cpp_reads_the_pieces_of_the_base_model(tmp_path):
+    """It knows no unused pieces, and no space that is a byte alone."""
+    proto = sentencepiece_proto.ModelProto()
+    kinds = proto.SentencePiece
+    for piece, kind in (("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)):
+        proto.pieces.add(piece=piece, type=kind)
+    for byte in range(256):
+        proto.pieces.add(piece=f"<0x{byte:02X}>", type=kinds.BYTE)
+    for rank, piece in enumerate(["ab", " a", " ab", "  ", "\n\n", "\n ", "\t\t\t"]):
+        kind = kinds.UNUSED if piece[0] in "\n\t" else kinds.NORMAL
+        proto.pieces.add(piece=piece, type=kind, score=-float(rank))
+    proto.trainer_spec.model_type = sentencepiece_proto.TrainerSpec.BPE
+    proto.trainer_spec.byte_fallback = True
+    proto.normalizer_spec.name = "identity"
+    proto.normalizer_spec.add_dummy_prefix = False
+    proto.normalizer_spec.remove_extra_whitespaces = False
+    proto.normalizer_spec.escape_whitespaces = False
+    (tmp_path / "tokenizer.model").write_bytes(proto.SerializeToString())
+    vocabulary = read_gguf_vocabulary(tmp_path, len(proto.pieces) + 1)
+    theirs = SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for text in ("ab 3 ab  a", "ab\n\nab\n a\n3\n\n\n", " é🙂 \t\t ", "  ab   ab\n \nb"):
+        assert read_as_llama_cpp(vocabulary, text) == theirs.encode(text), text
+    shown = [vocabulary.tokens[theirs.piece_to_id(piece)] for piece in ("\n\n", "\n ", "<0x20>")]
+    assert shown == ["\n \n", "\n ", "▁"]
 
 
 # -------------------------------------------------------------------------------------------------
