@@ -11,17 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import chat_templates
 import numpy as np
 import pytest
 import transformers
 from conftest import MISTRAL_TOKENIZER
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_models.datatypes import RawMessage, StopReason
+from llama_models.llama3.chat_format import ChatFormat
 from llama_models.llama3.tokenizer import Tokenizer as MetasTokenizer
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
 
 from parts.byte_level_bpe import byte_letters, llama3_tokenizer, tekken_tokenizer, tokenizer_json
+from parts.chat import ChatTemplate
+from parts.records import Chat
 from parts.token_rows import special_token_warning
 from parts.tokenizers import Tokenizer, any_of, load_tokenizer, stream_text
 
@@ -166,6 +173,27 @@ def test_special_tokens_of_llama_3_are_read_as_metas_reader_reads_them(llama3):
     assert read(text, eos=True) == [128000, 13347, 128001]
     assert read("Hi<|eot_id|>", eos=True) == [128000, 13347, 128009, 128001]
     assert llama3.ours.decode(read(text + "<|eot_id|>")) == "Hi"
+
+
+@pytest.mark.parametrize("name", ["llama3", "tekken"])
+def test_ids_of_chats_are_those_of_the_formats_own_reader(llama3, tekken, name):
+    """Meta's of dialogs, and Mistral's of requests, which know of no templates."""
+    contents = "Be brief.", "hi 😀 there", "yo  Ärger\n\nb", "more"
+    roles = "system", "user", "assistant", "user"
+    messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=True)]
+    if name == "llama3":
+        ours, source = llama3.ours, chat_templates.LLAMA3
+        dialogs = ChatFormat(MetasTokenizer(LLAMA3))
+        said = [RawMessage(stop_reason=StopReason.end_of_turn, **m) for m in messages]
+        expected = [dialogs.encode_dialog_prompt(said[first:]).tokens for first in (0, 3)]
+    else:
+        ours, source = tekken.ours, chat_templates.TEKKEN
+        theirs = MistralTokenizer.from_file(str(MISTRAL / "tekken_240911.json"))
+        requests = [ChatCompletionRequest(messages=messages[first:]) for first in (0, 3)]
+        expected = [theirs.encode_chat_completion(request).tokens for request in requests]
+    template = ChatTemplate(source, name, *map(ours.name_of, (ours.bos_id, ours.eos_id)))
+    texts = [template.render(Chat(messages[first:], None), True).text for first in (0, 3)]
+    assert ours.encode_batch(texts, bos=False, special_tokens=True) == expected
 
 
 def test_special_tokens_of_a_tokenizer_json_are_read_as_transformers_reads_them(hugging_face):
