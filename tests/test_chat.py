@@ -107,6 +107,18 @@ CASES = {
         ['[TOOL_CALLS] [{"name": "sum", "arguments": {"a": [1, 2], "ü": "<b>"}}]</s>',
          " It is 3.</s>"],
     ),
+    "tekken-calls": (
+        chat_templates.TEKKEN, CALLING, TOOLS,
+        ['[TOOL_CALLS][{"name": "sum", "arguments": {"a": [1, 2], "ü": "<b>"}}]</s>',
+         "It is 3.</s>"],
+    ),
+    "qwen3-calls": (
+        chat_templates.QWEN3, CALLING, TOOLS,
+        ['<tool_call>\n{"name": "sum", "arguments": {"a": [1, 2], "ü": "<b>"}}\n</tool_call>'
+         "<|im_end|>", "<think>\n\n</think>\n\nIt is 3.<|im_end|>"],
+    ),
+    "qwen3-system": (chat_templates.QWEN3, SYSTEM, TOOLS,
+                     ["yo 😀<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]),
     "tekken": (chat_templates.TEKKEN, SYSTEM, TOOLS, ["yo 😀</s>", "no</s>"]),
     "qwen25": (chat_templates.QWEN25, SYSTEM, None, ["yo 😀<|im_end|>", "no<|im_end|>"]),
     "qwen25-calls": (
