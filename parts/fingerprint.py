@@ -44,7 +44,8 @@ def run_fingerprint(rows: list[np.ndarray], params: dict, args: argparse.Namespa
     """
     tokens = hashlib.sha256()
     for row in rows:
-        tokens.update(np.append(len(row), row).tobytes())
+        tokens.update(len(row).to_bytes(8, "little"))
+        tokens.update(row.astype(np.int64))
     flags = {f"--{name.replace('_', '-')}": getattr(args, name) for name in DECISIVE_FLAGS}
     if args.lr_schedule != "constant":  # it depends on how many updates there are
         flags["--iters"] = args.iters

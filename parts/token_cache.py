@@ -74,7 +74,7 @@ def read_cache(data: str | Path, as_read: list) -> Saved | None:
             length, checksum = TAIL.unpack(file.read())
             if not is_ours(path) or length > end:
                 return None
-            content = np.memmap(file, np.uint8, mode="r")
+            content = np.asarray(np.memmap(file, np.uint8, mode="r"))  # whose slices cost less
         about = json.loads(bytes(content[end - length : end]))
         if about["data"] != as_read or crc32(content[:end]) != checksum:
             return None
@@ -137,7 +137,7 @@ class TokenWriter:
                 self._keep(about, arrays)
             except OSError as error:
                 self._give_up(error)
-        return np.memmap(self._file, np.int32, "r", len(HEAD), n_tokens)
+        return np.asarray(np.memmap(self._file, np.int32, "r", len(HEAD), n_tokens))
 
     def _take_waiting(self) -> np.ndarray:
         tokens = np.concatenate([np.zeros(0, np.int32), *self._waiting])
