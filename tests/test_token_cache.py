@@ -78,7 +78,7 @@ def test_another_start_reads_what_the_first_has_made(tmp_path, kind, masked):
     second = opened(path, Unused(MISTRAL_TOKENIZER), **options)
     assert rows_of(second) == rows_of(first)
     assert list(second) == list(first)
-    assert second.left_out() == first.left_out()
+    assert second.left_out == first.left_out
     ours, theirs = second._encoded[1], first._encoded[1]
     assert (ours.masked, ours.named, ours.digest()) == (
         options["mask_prompt"], theirs.named, theirs.digest()
