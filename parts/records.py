@@ -16,11 +16,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from parts.token_cache import Saved, is_large, read_cache, stamp
+from parts.token_cache import BAR_DELAY, Saved, is_large, read_cache, stamp
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 CONTENT_KEYS = ("tool_calls", "function_call", "reasoning_content")  # in place of a content
-BAR_DELAY = 2  # seconds until a bar shows
 
 
 class Completion(NamedTuple):

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from parts.cli import warn
 from parts.files import digest
@@ -32,6 +33,7 @@ HEAD = b"lora.py's token ids, made again where they are missing".ljust(64)
 TAIL = struct.Struct("<QI")
 ALIGNED = 64  # bytes, a multiple of which each array begins at
 BLOCK = 1 << 24  # bytes, of which a checksum is computed at once
+BAR_DELAY = 2  # seconds until a bar shows
 SETTLED = 2  # seconds, of which some file systems' times are multiples
 DECIDES = ("records", "token_rows", "chat", "chat_renderer", "tokenizers", "token_cache")
 
@@ -76,7 +78,7 @@ def read_cache(data: str | Path, as_read: list) -> Saved | None:
                 return None
             content = np.asarray(np.memmap(file, np.uint8, mode="r"))  # whose slices cost less
         about = json.loads(bytes(content[end - length : end]))
-        if about["data"] != as_read or crc32(content[:end]) != checksum:
+        if about["data"] != as_read or crc32(content[:end], path) != checksum:
             return None
         arrays = {
             name: content[start : start + n * np.dtype(dtype).itemsize].view(dtype)
@@ -87,11 +89,15 @@ def read_cache(data: str | Path, as_read: list) -> Saved | None:
     return Saved(about, arrays)
 
 
-def crc32(content: np.ndarray) -> int:
-    """Return the checksum of bytes."""
+def crc32(content: np.ndarray, path: Path) -> int:
+    """Return the checksum of the bytes of a file."""
     checksum = 0
-    for start in range(0, len(content), BLOCK):
-        checksum = zlib.crc32(content[start : start + BLOCK], checksum)
+    bar = {"unit": "B", "unit_scale": True, "leave": False, "delay": BAR_DELAY}
+    with tqdm(None, f"Reading {path}", len(content), disable=None, **bar) as progress:
+        for start in range(0, len(content), BLOCK):
+            block = content[start : start + BLOCK]
+            checksum = zlib.crc32(block, checksum)
+            progress.update(len(block))
     return checksum
 
 

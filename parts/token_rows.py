@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from parts.chat import ChatTemplate, answer_spans, load_template
 from parts.cli import warn
-from parts.records import BAR_DELAY, Chat, Completion, Record, Records
-from parts.token_cache import BLOCK, TokenWriter
+from parts.records import Chat, Completion, Record, Records
+from parts.token_cache import BAR_DELAY, BLOCK, TokenWriter
 from parts.tokenizers import Tokenizer
 
 BATCH = 1 << 20  # characters that are encoded at once, on all cores

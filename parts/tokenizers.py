@@ -335,11 +335,12 @@ class HuggingFace:
 
     def encode_batch(self, texts: list[str], reads: bool) -> list[list[int]]:
         self._model.encode_special_tokens = not reads
+        before = os.environ["TOKENIZERS_PARALLELISM"]
         os.environ["TOKENIZERS_PARALLELISM"] = "true"
         try:
             encoded = self._model.encode_batch_fast(texts, add_special_tokens=False)
         finally:
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+            os.environ["TOKENIZERS_PARALLELISM"] = before
         return [encoding.ids for encoding in encoded]
 
     def decode(self, ids: Iterable[int]) -> str:
