@@ -14,7 +14,8 @@ from parts.records import Chat
 from parts.tokenizers import Tokenizer
 
 FILE = "chat_template.jinja"  # in a model's folder
-SECONDS = 20  # of a processor that a template may take for one chat
+SECONDS = 20  # of a processor that a template may take at once
+AT_ONCE = 64  # beginnings of a chat that are rendered at once
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of the published formats. A system message of Llama 2 and Mistral is part of the first question. A
@@ -128,7 +129,10 @@ class ChatTemplate:
         of an answer is added; None where the template fails for n = 0, since many do.
         """
         request = {"messages": chat.messages, "tools": chat.tools, **self._tokens}
-        found = self._ask({**request, "parts": parts})["parts"]
+        found = []
+        for start in range(0, len(parts), AT_ONCE):
+            some = parts[start : start + AT_ONCE]
+            found += self._ask({**request, "parts": some})["parts"]
         return [self._read(answer, n) for answer, (n, _) in zip(found, parts, strict=True)]
 
     def _read(self, answer: dict, n: int) -> Rendered | None:
