@@ -43,6 +43,7 @@ pipeline          read ahead and write behind, side by side with what computes
 torch_files       the files of torch, read without it
 model_folder      weights.npz, params.json, tokenizer and chat template: read, write
 tokenizers        SentencePiece's and Hugging Face's files, special tokens; text as a stream
+added_tokens      tokens that are found in a text before all others
 source_tokenizers  the tokenizer of a checkpoint, in whichever format
 byte_level_bpe    Llama 3's and Tekken's files to Hugging Face's
 records           a JSONL file of texts, prompts and completions, or chats

@@ -35,7 +35,10 @@ ALIGNED = 64  # bytes, a multiple of which each array begins at
 BLOCK = 1 << 24  # bytes, of which a checksum is computed at once
 BAR_DELAY = 2  # seconds until a bar shows
 SETTLED = 2  # seconds, of which some file systems' times are multiples
-DECIDES = ("records", "token_rows", "chat", "chat_renderer", "tokenizers", "token_cache")
+DECIDES = (
+    *("records", "token_cache", "token_rows", "chat", "chat_renderer"),
+    *("tokenizers", "added_tokens"),
+)
 
 
 class Saved(NamedTuple):
