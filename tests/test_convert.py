@@ -177,6 +177,13 @@ def test_a_quantized_folder_loads_and_computes_what_its_weights_say(checkpoint, 
         run(checkpoint, tmp_path / "q8", "-q", "--q-bits", 8, "--q-group-size", 32).returncode == 0
     )
     assert run(checkpoint, tmp_path / "f16").returncode == 0
+    config = json.loads((tmp_path / "f16" / "params.json").read_text())
+    args = argparse.Namespace(q_group_size=32, q_bits=8)
+    arrays, _ = convert.quantize(dict(np.load(tmp_path / "f16" / "weights.npz")), config, args)
+    stored = np.load(tmp_path / "q8" / "weights.npz")
+    assert stored.files == list(arrays)
+    for name, array in arrays.items():  # of float16; the checkpoint's bfloat16 gives the same
+        assert stored[name].tobytes() == np.array(array).tobytes()
     quantized, _ = lora.load_model(tmp_path / "q8", mx.float32)
     full, _ = lora.load_model(tmp_path / "f16", mx.float32)
     assert isinstance(quantized.layers[0].attention.wq, nn.QuantizedLinear)
