@@ -3,9 +3,9 @@
     python tests/benchmarks/convert.py --folder /a/disk/with/45/GB
     python tests/benchmarks/convert.py --layers 4 8
 
-For each number of layers, a checkpoint of random bfloat16 is made (which takes its size in memory).
-Then `cat` reads it, `cp` copies it, and convert.py converts it without and with -q, each as a
-process of its own, in turns. "quantization alone" is that of the same shapes, already in memory.
+For each number of layers, a checkpoint of random bfloat16 is made. Then `cat` reads it, `cp` copies
+it, and convert.py converts it without and with -q, each as a process of its own, in turns; the
+medians of --rounds are printed. "quantization alone" is that of the same shapes, already in memory.
 """
 
 import argparse
@@ -18,12 +18,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from statistics import median
 
 import mistral_common
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+CHECKPOINT = "consolidated.safetensors"
 MISTRAL = {
     "dim": 4096,
     "head_dim": 128,
@@ -36,24 +40,33 @@ MISTRAL = {
 
 
 def make_checkpoint(folder: Path, n_layers: int) -> None:
-    """Write random weights in Meta's layout, with Mistral's tokenizer."""
-    import torch
+    """Write random weights in Mistral's layout, with its tokenizer."""
+    import numpy as np
 
     from convert import parameter_shapes
+    from parts.export_hugging_face import write_safetensors
+    from parts.lazy_tensors import Weight
 
     params = {**MISTRAL, "n_layers": n_layers}
-    shapes = parameter_shapes({**params, "rope_theta": 1e4})
-    generator = torch.Generator().manual_seed(0)
-    values = torch.empty(2**20, dtype=torch.bfloat16).uniform_(-0.05, 0.05, generator=generator)
+    rng = np.random.default_rng(0)
+    floats = rng.uniform(-0.05, 0.05, 2**22).astype(np.float32)
+    bits = (floats.view(np.uint32) >> 16).astype(np.uint16)  # of bfloat16
 
-    def random(shape: tuple[int, ...]) -> torch.Tensor:
-        """Return the values, again and again, from another one on for each tensor."""
-        start = int(torch.randint(len(values), (), generator=generator))
-        size = math.prod(shape)
-        return values.roll(start).repeat(size // len(values) + 1)[:size].clone().reshape(shape)
+    def blocks(n_rows: int, *rest: int) -> Iterator[np.ndarray]:
+        """Yield some of the bits, from another one on for each block."""
+        at_once = max(1, 2**20 // math.prod(rest))
+        for first in range(0, n_rows, at_once):
+            shape = min(at_once, n_rows - first), *rest
+            start = rng.integers(2**21)
+            yield bits[start : start + math.prod(shape)].reshape(shape)
 
-    tensors = {name: random(shape) for name, shape in shapes.items()}
-    torch.save(tensors, folder / "consolidated.00.pth")
+    weights = [
+        Weight(name, shape, "bfloat16", partial(blocks, *shape))
+        for name, shape in parameter_shapes({**params, "rope_theta": 1e4}).items()
+    ]
+    with open(folder / CHECKPOINT, "wb") as file:
+        for _ in write_safetensors(file, weights):
+            pass
     (folder / "params.json").write_text(json.dumps(params))
     tokenizer = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     shutil.copy(tokenizer, folder / "tokenizer.model")
@@ -104,6 +117,7 @@ def in_process(function, *arguments) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 8, 16, 32])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", help="where to write (default: the system's temporary folder)")
     args = parser.parse_args()
     print("| layers | | GB | s | MB/s | time to cp | peak memory, GiB |")
@@ -112,7 +126,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as name:
             folder = Path(name)
             in_process(make_checkpoint, folder, n_layers)
-            checkpoint = folder / "consolidated.00.pth"
+            checkpoint = folder / CHECKPOINT
             gigabytes = checkpoint.stat().st_size / 1e9
             script = [sys.executable, ROOT / "convert.py", "--torch-path", folder, "--mlx-path"]
             runs = {
@@ -121,18 +135,21 @@ def main() -> None:
                 "convert.py": [*script, folder / "written"],
                 "convert.py -q": [*script, folder / "written", "-q"],
             }
-            results = {}
-            for what, command in runs.items():
-                os.sync()  # what was written before is not paid for by the next
-                results[what] = measure(*command)
-                written = folder / "written"
-                shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
-            alone = multiprocessing.get_context("spawn").Value("d")
-            in_process(quantize_alone, n_layers, alone)
-            results["quantization alone"] = (alone.value, None)
-            for what, (seconds, peak) in results.items():
-                memory = "" if peak is None else f"{peak:.2f}"
-                ratio = seconds / results["cp"][0]
+            results = {what: [] for what in (*runs, "quantization alone")}
+            for _ in range(args.rounds):
+                for what, command in runs.items():
+                    os.sync()  # what was written before is not paid for by the next
+                    results[what].append(measure(*command))
+                    written = folder / "written"
+                    shutil.rmtree(written) if written.is_dir() else written.unlink(missing_ok=True)
+                alone = multiprocessing.get_context("spawn").Value("d")
+                in_process(quantize_alone, n_layers, alone)
+                results["quantization alone"].append((alone.value, 0))
+            medians = {what: median(s for s, _ in rounds) for what, rounds in results.items()}
+            for what, seconds in medians.items():
+                peak = max(peak for _, peak in results[what])
+                memory = f"{peak:.2f}" if peak else ""
+                ratio = seconds / medians["cp"]
                 print(
                     f"| {n_layers} | {what} | {gigabytes:.1f} | {seconds:.1f} "
                     f"| {gigabytes * 1e3 / seconds:.0f} | {ratio:.2f} | {memory} |",
