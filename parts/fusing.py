@@ -223,7 +223,7 @@ def cast(weight: Weight, dtype: str = "float16") -> Weight:
     kind = getattr(torch, dtype)
 
     def blocks() -> Iterator[np.ndarray]:
-        for block in weight.blocks():
+        for block in read_ahead(weight.blocks()):  # which may take as long to compute
             rounded = torch.from_numpy(block).to(kind)
             if not all(map(torch.isfinite, torch.aminmax(rounded))):
                 raise ValueError(not_finite(weight.name, dtype))
