@@ -81,7 +81,7 @@ class PackedRows(NamedTuple):
     """Rows that hold several texts, none of which sees another."""
 
     positions: mx.array  # (B, L), of each token in its text
-    masks: mx.array | list[ops_cpu.BlockMask]  # for `attention`
+    masks: mx.array | list[ops_cpu.BlockMask]  # of a GPU (B, 1, L, L), to add to the scores
 
 
 def packed_rows(
