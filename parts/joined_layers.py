@@ -329,16 +329,14 @@ class JoinedLayers(SeparateLayers):
         return result, gradient * self.scales[self.factor_back]
 
     def put(self, vector: mx.array) -> None:
-        starts = np.cumsum([0] + [value.size for _, _, value in self.parameters])
         # One operation a matrix, where `from_vector` takes two.
         self.outputs[0]["matrices"] = [
-            mx.as_strided(vector, value.shape, offset=start)
-            for (_, _, value), start in zip(self.parameters, starts.tolist(), strict=False)
+            mx.as_strided(vector, shape, offset=start) for *_, shape, start in self.parameters
         ]
 
     def finish_step(self) -> None:
         matrices = self.outputs[0].get("matrices", [])
-        for (layer, name, _), matrix in zip(self.parameters, matrices, strict=False):
+        for (layer, name, *_), matrix in zip(self.parameters, matrices, strict=False):
             layer[name] = matrix
 
 
@@ -348,14 +346,15 @@ def padded(numbers: np.ndarray) -> np.ndarray:
 
 
 def lora_positions(model: nn.Module) -> tuple[list[tuple], dict[int, dict[str, np.ndarray]]]:
-    """Layer, name and positions of each LoRA matrix: where its numbers are in the vector of all
-    (`adapters.to_vector`). And the positions by the layer's `id` and the name.
+    """Layer, name and shape of each LoRA matrix, and where it begins in the vector of all
+    (`adapters.to_vector`); and where each of its numbers is there, by the layer's `id` and the
+    name.
     """
     modules, parameters, positions, start = dict(model.named_modules()), [], {}, 0
     for path, matrix in tree_flatten(model.trainable_parameters()):
         module, _, name = path.rpartition(".")
+        parameters.append((modules[module], name, matrix.shape, start))
         numbers = np.arange(start, start + matrix.size).reshape(matrix.shape)
-        parameters.append((modules[module], name, numbers))
         positions.setdefault(id(modules[module]), {})[name] = numbers
         start += matrix.size
     return parameters, positions
