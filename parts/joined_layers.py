@@ -135,6 +135,14 @@ class JoinedBlock(nn.Module):
         self.w2 = JoinedLinear(feed_forward.w2)
         self._attention = attention
         self._norms = block.attention_norm, block.ffn_norm
+        norms, eps = None, 0.0
+        if "q_norm" in attention:
+            weights = attention.q_norm.weight, attention.k_norm.weight
+            norms, eps = mx.concatenate(weights), attention.q_norm.eps
+            mx.eval(norms)
+        self._heads = ops_cuda.Heads(
+            attention.n_heads, attention.n_kv_heads, attention.rope, norms, eps
+        )
         self._batch = batch  # what all blocks have in common: its shape (B, L), and positions
         self._has_gradient = True
         self._is_last = is_last
@@ -171,36 +179,33 @@ class JoinedBlock(nn.Module):
         """A function of x (N, D) and the pair of `qkv`, which returns x, queries (B, L, H,
         head_dim), keys and values (B, K, L, head_dim), and what else it keeps for its gradients.
         """
-        attention, norm = self._attention, self._norms[0]
-        n_heads = attention.n_heads, attention.n_kv_heads
-        angles = positions, attention.rope
+        norm, heads = self._norms[0], self._heads
 
-        def keep(x: mx.array, pair: list[mx.array]) -> list[mx.array]:
-            """What the pair's gradients need: x normalised, and its product."""
-            normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
-            return [normed, normed @ pair[0].T]
-
-        def before(x: mx.array, pair: list[mx.array]) -> tuple[mx.array, ...]:
+        def before(x: mx.array, pair: list[mx.array]) -> tuple:
             normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
             y, inner = self.qkv.product(normed, pair)
-            heads = ops_cuda.split_heads(y, shape, *n_heads, *angles)
-            kept = [normed, *inner] if pair and waits_for_launches(x) else []
-            return x, *heads, *kept
+            split = ops_cuda.split_heads(y, shape, positions, heads)
+            if not waits_for_launches(x):
+                return x, *split, [], []
+            return x, *split, [normed, *inner] if pair else [], [y] if heads.are_normed else []
 
         if not self._has_gradient:
             return before
 
-        def before_vjp(
-            primals: tuple[mx.array, list], cotangents: tuple, outputs: tuple
-        ) -> tuple[mx.array, list]:
-            x, pair = primals
-            residual, *heads = cotangents[:4]
-            cotangent = ops_cuda.join_heads(*heads, *angles)
-            kept = outputs[4:]
-            if pair and not kept:
-                (again,) = mx.depends([x], [cotangent])  # else it would live before
-                kept = keep(again, pair)
-            normed, *inner = kept or [None]
+        def before_vjp(primals: tuple, cotangents: tuple, outputs: tuple) -> tuple:
+            (x, pair), (residual, *split) = primals, cotangents[:4]
+            of_pair, products = outputs[4:]
+            if not of_pair + products and (pair or heads.are_normed):
+                (again,) = mx.depends([x], split)  # else it would live before
+                normed = mx.fast.rms_norm(again, norm.weight, norm.eps)
+                if heads.are_normed:
+                    y, inner = self.qkv.product(normed, pair)
+                    products = [y]
+                else:
+                    inner = [normed @ pair[0].T]
+                of_pair = [normed, *inner]
+            normed, *inner = of_pair or [None]
+            cotangent = ops_cuda.join_heads(*split, *products or [None], positions, heads)
             gradient, of_pair = self.qkv.gradients(normed, inner, cotangent, pair)
             gradient = ops_cuda.rms_norm_gradient(x, norm.weight, residual, gradient, norm.eps)
             return gradient, of_pair
@@ -368,11 +373,11 @@ def fits(model: nn.Module) -> bool:
     norm, linear = block.attention_norm.weight, base_linear(block.attention.wq)
     trained = (name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters()))
     return (
-        not args.qk_norm
-        and all(size % 8 == 0 for size in (args.dim, args.head_dim, args.hidden_dim))
+        all(size % 8 == 0 for size in (args.dim, args.head_dim, args.hidden_dim))
         and not any(module.dropout for module in model.modules() if "lora_a" in module)
         and set(trained) == {"lora_a", "lora_b"}
         and norm.dtype == linear.get("scales", linear.weight).dtype
+        and (not args.qk_norm or args.head_dim in ops_cuda.NORMED_HEADS)
         and ops_cuda.has_kernels(norm)
     )
 

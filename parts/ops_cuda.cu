@@ -222,37 +222,74 @@ __device__ Place split(unsigned at, int length, int heads, int key_heads, int pe
     return {1 + int(head / key_heads), (row * length + token % length) * per_head + channel, token};
 }
 
-// Split the heads of a product, and rotate queries and keys. `positions` are those of all tokens,
-// or of a row's, which all rows have in common.
+// The sum over the threads of a head: so many, a power of two, neighbours in a warp.
+__device__ float sum_of_head(float x, int per_head) {
+    for (int distance = per_head / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(~0u, x, distance);
+    return x;
+}
+
+// Split the heads of a product, and rotate queries and keys, which are normalised before where
+// `normed`, by weights (queries, then keys) of `norms`. `positions` are those of all tokens, or of a
+// row's, which all rows have in common. `epsilon_bits` is a float, too.
 extern "C" __global__ void split_heads(
-    const Packed8* inputs, const float* frequencies, const int* positions,
+    const Packed8* inputs, const float* frequencies, const int* positions, const Packed8* norms,
     Packed8* queries, Packed8* keys, Packed8* values,
     unsigned n_threads, int n_positions, int length, int heads, int key_heads, int head_dim,
-    int amplitude_bits
+    int amplitude_bits, int normed, int epsilon_bits
 ) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
-    if (at >= n_threads) return;
+    unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
+    unsigned at = min(thread, n_threads - 1);  // all threads of a warp take part in its sums
     Packed8 channels = inputs[at];
     Place place = split(at, length, heads, key_heads, per_head);
+    if (normed) {
+        float squares = 0;
+        for (int i = 0; i < 8; i++) squares += float(channels.values[i]) * float(channels.values[i]);
+        squares = sum_of_head(squares, per_head);
+        float scale = rsqrtf(squares / head_dim + __int_as_float(epsilon_bits));
+        if (place.array < 2) {
+            Packed8 weight = norms[place.array * per_head + at % per_head];
+            for (int i = 0; i < 8; i++)
+                channels.values[i] = Number(float(channels.values[i]) * scale * float(weight.values[i]));
+        }
+    }
+    if (thread >= n_threads) return;
     const float* own = frequencies + at % per_head * 4;
     int position = positions[place.token % n_positions];
     if (place.array < 2) rotate(channels, own, position, 1, __int_as_float(amplitude_bits));
     (place.array == 0 ? queries : place.array == 1 ? keys : values)[place.at] = channels;
 }
 
-// The gradient of its input, for those of its outputs.
+// The gradient of its input, for those of its outputs. `products` are its inputs, where `normed`.
 extern "C" __global__ void join_heads(
     const Packed8* queries, const Packed8* keys, const Packed8* values,
-    const float* frequencies, const int* positions, Packed8* outputs,
+    const float* frequencies, const int* positions, const Packed8* products, const Packed8* norms,
+    Packed8* outputs,
     unsigned n_threads, int n_positions, int length, int heads, int key_heads, int head_dim,
-    int amplitude_bits
+    int amplitude_bits, int normed, int epsilon_bits
 ) {
-    unsigned at = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
-    if (at >= n_threads) return;
+    unsigned thread = blockIdx.x * blockDim.x + threadIdx.x, per_head = head_dim / 8;
+    unsigned at = min(thread, n_threads - 1);
     Place place = split(at, length, heads, key_heads, per_head);
     Packed8 channels = (place.array == 0 ? queries : place.array == 1 ? keys : values)[place.at];
     const float* own = frequencies + at % per_head * 4;
     int position = positions[place.token % n_positions];
     if (place.array < 2) rotate(channels, own, position, -1, __int_as_float(amplitude_bits));
-    outputs[at] = channels;
+    if (normed) {
+        Packed8 product = products[at], weight = norms[place.array % 2 * per_head + at % per_head];
+        float squares = 0, dots = 0;
+        for (int i = 0; i < 8; i++) {
+            float x = product.values[i];
+            squares += x * x;
+            dots += x * float(weight.values[i]) * float(channels.values[i]);
+        }
+        squares = sum_of_head(squares, per_head), dots = sum_of_head(dots, per_head);
+        float scale = rsqrtf(squares / head_dim + __int_as_float(epsilon_bits));
+        float pull = dots / head_dim * scale * scale * scale;
+        for (int i = 0; i < 8 && place.array < 2; i++) {
+            float through = float(weight.values[i]) * float(channels.values[i]) * scale;
+            channels.values[i] = Number(through - float(product.values[i]) * pull);
+        }
+    }
+    if (thread < n_threads) outputs[at] = channels;
 }

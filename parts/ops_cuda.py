@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -9,6 +10,9 @@ from parts import device, nvrtc
 from parts.rope import Rope, amplitude, frequency_table
 
 import mlx.core as mx
+
+
+NORMED_HEADS = 8, 16, 32, 64, 128, 256  # head_dim: as many threads as sums in a warp want
 
 
 def has_kernels(x: mx.array) -> bool:
@@ -154,32 +158,63 @@ def position_table(offset: int, length: int) -> mx.array:
     return mx.array(np.arange(offset, offset + length, dtype=np.int32))
 
 
+class Heads(NamedTuple):
+    """How `split_heads` splits, normalises and rotates."""
+
+    heads: int
+    key_heads: int
+    rope: Rope
+    norms: mx.array | None = None  # weights (2 head_dim), of queries, then of keys
+    eps: float = 0.0
+
+    @property
+    def are_normed(self) -> bool:
+        """Whether queries and keys are normalised."""
+        return self.norms is not None
+
+
 def split_heads(
-    x: mx.array,
-    shape: tuple[int, int],
-    heads: int,
-    key_heads: int,
-    positions: mx.array,
-    rope: Rope,
+    x: mx.array, shape: tuple[int, int], positions: mx.array, settings: Heads
 ) -> list[mx.array]:
     """Queries (B, L, heads, head_dim), keys and values (B, key_heads, L, head_dim) from all of them
-    (B L, (heads + 2 key_heads) head_dim); queries and keys are rotated.
+    (B L, (heads + 2 key_heads) head_dim); queries and keys are normalised and rotated.
 
     shape: B, L. positions: (L,), which all rows have, or (B, L), int32.
     """
-    (batch, length), head_dim = shape, rope.head_dim
-    shapes = [(batch, length, heads, head_dim)] + [(batch, key_heads, length, head_dim)] * 2
-    inputs = [x, frequency_table(rope), positions]
-    sizes = positions.size, length, heads, key_heads, head_dim, float_bits(amplitude(rope))
-    return run_kernel("split_heads", x.size // 8, inputs, shapes, *sizes)
+    batch, length = shape
+    heads, key_heads, rope, *_ = settings
+    keys = batch, key_heads, length, rope.head_dim
+    shapes = [(batch, length, heads, rope.head_dim), keys, keys]
+    norms = x if settings.norms is None else settings.norms  # as x, it is not read
+    inputs = [x, frequency_table(rope), positions, norms]
+    scalars = head_scalars(settings, length, positions)
+    return run_kernel("split_heads", x.size // 8, inputs, shapes, *scalars)
 
 
 def join_heads(
-    queries: mx.array, keys: mx.array, values: mx.array, positions: mx.array, rope: Rope
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    products: mx.array | None,
+    positions: mx.array,
+    settings: Heads,
 ) -> mx.array:
-    """The gradient of `split_heads`, for those of what it returns."""
-    (batch, length, heads, head_dim), key_heads = queries.shape, keys.shape[1]
-    shape = batch * length, (heads + 2 * key_heads) * head_dim
-    inputs = [queries, keys, values, frequency_table(rope), positions]
-    sizes = positions.size, length, heads, key_heads, head_dim, float_bits(amplitude(rope))
-    return run_kernel("join_heads", math.prod(shape) // 8, inputs, [shape], *sizes)[0]
+    """The gradient of `split_heads`, for those of what it returns. products: its `x`; None where
+    heads are not normalised.
+    """
+    batch, length, heads, head_dim = queries.shape
+    shape = batch * length, (heads + 2 * settings.key_heads) * head_dim
+    read = [queries, queries] if settings.norms is None else [products, settings.norms]
+    tables = [frequency_table(settings.rope), positions]
+    inputs, scalars = (
+        [queries, keys, values, *tables, *read],
+        head_scalars(settings, length, positions),
+    )
+    return run_kernel("join_heads", math.prod(shape) // 8, inputs, [shape], *scalars)[0]
+
+
+def head_scalars(settings: Heads, length: int, positions: mx.array) -> list[int]:
+    """The last parameters of `split_heads` and `join_heads`."""
+    heads, key_heads, rope, _, eps = settings
+    sizes = [positions.size, length, heads, key_heads, rope.head_dim]
+    return [*sizes, float_bits(amplitude(rope)), int(settings.are_normed), float_bits(eps)]
