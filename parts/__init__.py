@@ -11,6 +11,7 @@ ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
 recompute         cheap parts of the network computed again rather than kept
 joined_layers     the layers of a model in training, with fewer and larger operations
+joined_linear     linear layers with one input as one product in training, and their LoRA pair
 linear_cross_entropy  the loss, without ever holding all logits
 nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
 config_values     whether values read from a file are what a dataclass says

@@ -6,7 +6,7 @@ connection is part of the product before it. RoPE of queries and keys is one ker
 (ops_cuda). A layer is two functions with gradients of their own, before and after attention.
 
 Shapes in comments: B rows of a batch, L positions, N = B L, D = `dim`, H = `n_heads`, K =
-`n_kv_heads`, R the ranks of a pair.
+`n_kv_heads`.
 """
 
 from collections.abc import Callable
@@ -16,109 +16,20 @@ import numpy as np
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts import dropout, ops, ops_cuda
 from parts.adapters import from_vector, to_vector
-from parts.merged_linear import base_linear, merge_weights, separate_weights, stack_biases
+from parts.joined_linear import JoinedLinear, waits_for_launches
+from parts.merged_linear import base_linear
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-# A layer with a smaller input (numbers) waits for the processor, a larger one for the GPU.
-MIN_SIZE_OF_WORK = 2**21
 # A matrix begins at a multiple of so many numbers, as products want it.
 MULTIPLE = 128
 
 
-def waits_for_launches(x: mx.array) -> bool:
-    """Whether operations on x are so small that launching them takes longer. Then memory is no
-    matter, and what gradients need is kept, rather than computed again.
-    """
-    return x.size < MIN_SIZE_OF_WORK
-
-
-class JoinedLinear(nn.Module):
-    """Linear layers with the same input as one product: (N, D) to all outputs (N, O).
-
-    While it trains, it has a pair of LoRA matrices: `lora_a`, transposed (R, D), and `lora_b`
-    (R, O), times the scale, and 0 where an output is another layer's. Layers that are not adapted
-    have none.
-    """
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        linears = [base_linear(layer) for layer in layers]
-        self._layers = layers
-        self._ends = np.cumsum([len(linear.weight) for linear in linears]).tolist()
-        merge = merge_weights if len(linears) > 1 else lambda *_: separate_weights(linears)
-        (self._weights,) = merge(linears, self._ends)
-        self._bias = stack_biases(linears)
-        self._settings = None  # of quantized weights
-        if isinstance(linears[0], nn.QuantizedLinear):
-            self._settings = {"group_size": linears[0].group_size, "bits": linears[0].bits}
-        else:
-            self._transposed = self._weights[0].T
-            mx.eval(self._transposed)  # a view, which no step has to make again
-
-    def pair(self) -> list[mx.array]:
-        """The LoRA matrices, or none."""
-        return [self.lora_a, self.lora_b] if "lora_a" in self else []
-
-    def weight(self, transposed: bool = False) -> mx.array:
-        """The weights (O, D); or `transposed`, (D, O)."""
-        if self._settings:
-            weight = mx.dequantize(*self._weights, **self._settings)
-            return weight.T if transposed else weight
-        return self._transposed if transposed else self._weights[0]
-
-    def product(
-        self, x: mx.array, pair: list[mx.array], residual: mx.array | None = None
-    ) -> tuple[mx.array, list[mx.array]]:
-        """The outputs, plus `residual`. For `gradients` in a list: x A (N, R), if there is a
-        pair.
-        """
-        addend = self._bias if residual is None else residual
-        weight = self.weight(transposed=True)
-        y = x @ weight if addend is None else mx.addmm(addend, x, weight)
-        if not pair:
-            return y, []
-        if waits_for_launches(x):
-            inner = ops_cuda.lora_inner(x, pair[0])
-            return ops_cuda.lora_add(y, inner, pair[1]), [inner]
-        inner = x @ pair[0].T
-        return mx.addmm(y, inner, pair[1]), [inner]
-
-    def gradients(
-        self, x: mx.array | None, inner: list[mx.array], cotangent: mx.array, pair: list[mx.array]
-    ) -> tuple[mx.array, list[mx.array]]:
-        """The gradients of x and of the pair. x is None where there is none."""
-        gradient = cotangent @ self.weight()
-        if not pair:
-            return gradient, []
-        if waits_for_launches(x):
-            of_inner = ops_cuda.lora_inner(cotangent, pair[1])
-            of_pair = ops_cuda.lora_gradients(x, of_inner, cotangent, *inner)
-            return ops_cuda.lora_add(gradient, of_inner, pair[0]), of_pair
-        of_inner = cotangent @ pair[1].T
-        of_pair = [of_inner.T @ x, inner[0].T @ cotangent]
-        return mx.addmm(gradient, of_inner, pair[0]), of_pair
-
-    def pair_positions(self, positions: dict[int, dict[str, np.ndarray]]) -> list[tuple]:
-        """Of each matrix of the pair: its name, which number of a vector each of its numbers is, -1
-        where it is 0, and the factor of that.
-
-        positions: of the numbers of each layer's matrices in the vector, by the layer's `id`.
-        """
-        columns, rows, factors = [], [], []
-        for layer, start, end in zip(self._layers, [0, *self._ends], self._ends, strict=False):
-            if id(layer) in positions:
-                a, b = (positions[id(layer)][name] for name in ("lora_a", "lora_b"))
-                others = (0, 0), (start, self._ends[-1] - end)
-                columns.append(a)
-                rows.append(np.pad(b, others, constant_values=-1))
-                factors.append(np.pad(np.full(b.shape, layer.scale), others))
-        if not columns:
-            return []
-        a, b = np.concatenate(columns, 1).T, np.concatenate(rows)
-        return [("lora_a", a, np.ones(a.shape)), ("lora_b", b, np.concatenate(factors))]
+def later(x: mx.array, others: list[mx.array]) -> mx.array:
+    """x, for what is to be computed after `others`: computed before, it would live that long."""
+    return mx.depends([x], others)[0]
 
 
 class JoinedBlock(nn.Module):
@@ -196,8 +107,7 @@ class JoinedBlock(nn.Module):
             (x, pair), (residual, *split) = primals, cotangents[:4]
             of_pair, products = outputs[4:]
             if not of_pair + products and (pair or heads.are_normed):
-                (again,) = mx.depends([x], split)  # else it would live before
-                normed = mx.fast.rms_norm(again, norm.weight, norm.eps)
+                normed = mx.fast.rms_norm(later(x, split), norm.weight, norm.eps)
                 if heads.are_normed:
                     y, inner = self.qkv.product(normed, pair)
                     products = [y]
@@ -227,7 +137,8 @@ class JoinedBlock(nn.Module):
             gate_up, inner_up = self.gate_up.product(normed, pairs[1])
             product = ops_cuda.joined_swiglu(gate_up)
             y, inner_down = self.w2.product(product, pairs[2], x)
-            inputs = [normed] if pairs[1] else [], [product] if pairs[2] else []
+            keep = waits_for_launches(x)
+            inputs = [normed] if keep and pairs[1] else [], [product] if keep and pairs[2] else []
             return y, x, gate_up, [inner_out, inner_up, inner_down], inputs
 
         if not self._has_gradient:
@@ -242,8 +153,12 @@ class JoinedBlock(nn.Module):
                 linear, inner, pair = layer
                 return linear.gradients(inputs[0] if inputs else None, inner, cotangent, pair)
 
+            if pairs[2] and not product:
+                product = [ops_cuda.joined_swiglu(later(gate_up, [cotangent]))]
             of_product, pair_2 = back(w2, product, cotangent)
             of_gate_up = ops_cuda.joined_swiglu_gradient(gate_up, of_product)
+            if pairs[1] and not normed:
+                normed = [mx.fast.rms_norm(later(x, [of_gate_up]), norm.weight, norm.eps)]
             of_normed, pair_1 = back(both, normed, of_gate_up)
             gradient = ops_cuda.rms_norm_gradient(x, norm.weight, cotangent, of_normed, norm.eps)
             of_out, pair_0 = back(wo, [out], gradient)
