@@ -414,7 +414,7 @@ def make_step(
     start_step = make_start_step(sum_rows, update, state, layers.outputs, ranks)
 
     def step(*batch: mx.array, **options: bool) -> StepResult | mx.array:
-        result = start_step(*batch, **options)
+        result = start_step(*layers.prepare(*batch), **options)
         layers.finish_step()
         return result
 

@@ -96,7 +96,7 @@ class JoinedBlock(nn.Module):
             normed = mx.fast.rms_norm(x, norm.weight, norm.eps)
             y, inner = self.qkv.product(normed, pair)
             split = ops_cuda.split_heads(y, shape, positions, heads)
-            if not waits_for_launches(x):
+            if not waits_for_launches(x.size):
                 return x, *split, [], []
             return x, *split, [normed, *inner] if pair else [], [y] if heads.are_normed else []
 
@@ -137,7 +137,7 @@ class JoinedBlock(nn.Module):
             gate_up, inner_up = self.gate_up.product(normed, pairs[1])
             product = ops_cuda.joined_swiglu(gate_up)
             y, inner_down = self.w2.product(product, pairs[2], x)
-            keep = waits_for_launches(x)
+            keep = waits_for_launches(x.size)
             inputs = [normed] if keep and pairs[1] else [], [product] if keep and pairs[2] else []
             return y, x, gate_up, [inner_out, inner_up, inner_down], inputs
 
@@ -191,6 +191,10 @@ class SeparateLayers:
         """Put the numbers of a vector in the place of the model's matrices."""
         self.model.update(from_vector(vector, self.model.trainable_parameters()))
 
+    def prepare(self, *batch: mx.array) -> tuple[mx.array, ...]:
+        """The batch in the shape that a step is to have."""
+        return batch
+
     def finish_step(self) -> None:
         """Do what is left to do outside of a compiled step."""
 
@@ -205,7 +209,7 @@ class JoinedLayers(SeparateLayers):
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__(model, loss)
         self.state, self.outputs = [], [{}]
-        self.dtype = model.layers[0].attention_norm.weight.dtype
+        self.dim, self.dtype = model.args.dim, model.layers[0].attention_norm.weight.dtype
         self.parameters, positions = lora_positions(model)
         self.blocks, batch = [], {}
         self.matrices = []  # layer, name, shape, and start in `order` of each
@@ -254,10 +258,29 @@ class JoinedLayers(SeparateLayers):
             mx.as_strided(vector, shape, offset=start) for *_, shape, start in self.parameters
         ]
 
+    def prepare(self, inputs: mx.array, targets: mx.array, *others: mx.array) -> tuple:
+        """The batch, padded to one of few lengths where it waits for launches: a GPU prepares
+        itself for a new length as long as it takes for ten steps. Targets that are not those of
+        the inputs, position by position, stay as they are.
+        """
+        rows, length = inputs.shape[:2]
+        padding = few_lengths(length) - length
+        if inputs.ndim > 2 or not waits_for_launches(rows * (length + padding) * self.dim):
+            return inputs, targets, *others
+        more = (0, 0), (0, padding)
+        targets = mx.pad(targets, more) if targets.shape == inputs.shape else targets
+        return mx.pad(inputs, more), targets, *others
+
     def finish_step(self) -> None:
         matrices = self.outputs[0].get("matrices", [])
         for (layer, name, *_), matrix in zip(self.parameters, matrices, strict=False):
             layer[name] = matrix
+
+
+def few_lengths(length: int) -> int:
+    """The next of 32, 48, 64, 96, 128, ... positions."""
+    power = 2 ** max(5, (length - 1).bit_length())
+    return power * 3 // 4 if length <= power * 3 // 4 and power > 32 else power
 
 
 def padded(numbers: np.ndarray) -> np.ndarray:

@@ -17,11 +17,11 @@ import mlx.nn as nn
 MIN_SIZE_OF_WORK = 2**21
 
 
-def waits_for_launches(x: mx.array) -> bool:
-    """Whether operations on x are so small that launching them takes longer. Then memory is no
-    matter, and what gradients need is kept, rather than computed again.
+def waits_for_launches(size: int) -> bool:
+    """Whether operations on so many numbers are so small that launching them takes longer. Then
+    memory is no matter, and what gradients need is kept, rather than computed again.
     """
-    return x.size < MIN_SIZE_OF_WORK
+    return size < MIN_SIZE_OF_WORK
 
 
 class JoinedLinear(nn.Module):
@@ -69,7 +69,7 @@ class JoinedLinear(nn.Module):
         y = x @ weight if addend is None else mx.addmm(addend, x, weight)
         if not pair:
             return y, []
-        if waits_for_launches(x):
+        if waits_for_launches(x.size):
             inner = ops_cuda.lora_inner(x, pair[0])
             return ops_cuda.lora_add(y, inner, pair[1]), [inner]
         inner = x @ pair[0].T
@@ -82,7 +82,7 @@ class JoinedLinear(nn.Module):
         gradient = cotangent @ self.weight()
         if not pair:
             return gradient, []
-        if waits_for_launches(x):
+        if waits_for_launches(x.size):
             of_inner = ops_cuda.lora_inner(cotangent, pair[1])
             of_pair = ops_cuda.lora_gradients(x, of_inner, cotangent, *inner)
             return ops_cuda.lora_add(gradient, of_inner, pair[0]), of_pair
