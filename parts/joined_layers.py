@@ -249,7 +249,8 @@ class JoinedLayers(SeparateLayers):
             self.model.layers = layers
             for layer, name, *_ in self.matrices:
                 del layer[name]
-        gradient = to_vector(gradients)[self.place].astype(mx.float32)
+        gradient = ops_cuda.concatenate([gradient for _, gradient in tree_flatten(gradients)])
+        gradient = gradient[self.place].astype(mx.float32)
         return result, gradient * self.scales[self.factor_back]
 
     def put(self, vector: mx.array) -> None:

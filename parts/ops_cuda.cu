@@ -140,6 +140,30 @@ extern "C" __global__ void lora_gradients(
     }
 }
 
+// Concatenate the numbers of 32 arrays; `ends` are where each ends in the output, in Packed8.
+extern "C" __global__ void concatenate(
+    const Packed8* in0, const Packed8* in1, const Packed8* in2, const Packed8* in3,
+    const Packed8* in4, const Packed8* in5, const Packed8* in6, const Packed8* in7,
+    const Packed8* in8, const Packed8* in9, const Packed8* in10, const Packed8* in11,
+    const Packed8* in12, const Packed8* in13, const Packed8* in14, const Packed8* in15,
+    const Packed8* in16, const Packed8* in17, const Packed8* in18, const Packed8* in19,
+    const Packed8* in20, const Packed8* in21, const Packed8* in22, const Packed8* in23,
+    const Packed8* in24, const Packed8* in25, const Packed8* in26, const Packed8* in27,
+    const Packed8* in28, const Packed8* in29, const Packed8* in30, const Packed8* in31,
+    const int* ends, Packed8* outputs, unsigned n_threads
+) {
+    const Packed8* inputs[] = {
+        in0, in1, in2, in3, in4, in5, in6, in7, in8, in9, in10, in11, in12, in13, in14, in15,
+        in16, in17, in18, in19, in20, in21, in22, in23, in24, in25, in26, in27, in28, in29, in30, in31
+    };
+    unsigned at = blockIdx.x * blockDim.x + threadIdx.x;
+    if (at >= n_threads) return;
+    int array = 0;
+    for (int step = 16; step > 0; step /= 2)
+        if (at >= ends[array + step - 1]) array += step;
+    outputs[at] = inputs[array][at - (array > 0 ? ends[array - 1] : 0)];
+}
+
 // The gradient of RMSNorm's input, plus `residuals`, that of the residual connection. Each warp
 // computes a row. `epsilon_bits` is a float, passed as an integer.
 extern "C" __global__ void rms_norm_gradient(

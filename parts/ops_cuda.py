@@ -13,6 +13,7 @@ import mlx.core as mx
 
 
 NORMED_HEADS = 8, 16, 32, 64, 128, 256  # head_dim: as many threads as sums in a warp want
+ARRAYS = 32  # that `concatenate` takes at once
 
 
 def has_kernels(x: mx.array) -> bool:
@@ -100,6 +101,19 @@ def lora_gradients(
     shapes = [(ranks, x.shape[1]), (ranks, cotangent.shape[1])]
     inputs = [x, inner_gradient, cotangent, inner]
     return run_kernel("lora_gradients", n_threads, inputs, shapes, rows, *sizes, ranks)
+
+
+def concatenate(arrays: list[mx.array]) -> mx.array:
+    """The numbers of all arrays as one vector; the size of each is a multiple of 8."""
+    vectors = []
+    for start in range(0, len(arrays), ARRAYS):
+        some = arrays[start : start + ARRAYS]
+        ends = np.cumsum([array.size // 8 for array in some])
+        ends = np.pad(ends, (0, ARRAYS - len(some)), mode="edge").astype(np.int32)
+        inputs = [*some, *some[:1] * (ARRAYS - len(some)), mx.array(ends)]
+        n_threads = ends[-1].item()
+        vectors += run_kernel("concatenate", n_threads, inputs, [(n_threads * 8,)])
+    return mx.concatenate(vectors) if len(vectors) > 1 else vectors[0]
 
 
 def rms_norm_gradient(

@@ -494,6 +494,13 @@ def test_a_training_step_has_the_gradients_of_the_plain_network(
     assert set(emulated_cuda) == {"swiglu_gradients", "rms_norm_gradient", "rope"}
 
 
+@pytest.mark.parametrize("n", [1, 32, 33])
+def test_any_number_of_arrays_is_concatenated(n, emulated_cuda):
+    arrays = [mx.random.normal((i % 3 + 1, 8)) for i in range(n)]
+    expected = np.concatenate([np.array(array).ravel() for array in arrays])
+    np.testing.assert_array_equal(ops_cuda.concatenate(arrays), expected)
+
+
 @pytest.mark.parametrize(
     ("family", "projections", "bits", "min_size", "checkpoint"),
     [
