@@ -4,9 +4,9 @@ Import it before MLX, because it loads the BLAS that MLX is to use. Read `device
 attribute of the module, so that a test has one lever.
 
 What differs on CUDA: kernels of the suite's own (`ops_cuda` in training, `decoder_cuda` in
-decoding, both compiled by `nvrtc`), limits on the work that waits, a cache of graphs for many
-lengths, and NCCL's sum within the step. Other operations are MLX's, as on Metal; a CPU's are in
-`ops_cpu`.
+decoding, both compiled by `nvrtc`), a training's `joined_layers`, limits on the work that waits, a
+cache of graphs for many lengths, and NCCL's sum within the step. Other operations are MLX's, as on
+Metal; a CPU's are in `ops_cpu`.
 """
 
 import ctypes

@@ -266,7 +266,8 @@ class JoinedLayers(SeparateLayers):
         """
         rows, length = inputs.shape[:2]
         padding = few_lengths(length) - length
-        if inputs.ndim > 2 or not waits_for_launches(rows * (length + padding) * self.dim):
+        is_small = waits_for_launches(rows * (length + padding) * self.dim)
+        if not padding or not is_small or inputs.ndim > 2:
             return inputs, targets, *others
         more = (0, 0), (0, padding)
         targets = mx.pad(targets, more) if targets.shape == inputs.shape else targets
