@@ -34,10 +34,18 @@ def converse(
         for i, message in enumerate(messages):
             if i:
                 print()
-            for piece in conversation.ask(message):
-                print(piece, end="", flush=True)
-            print(flush=True)
+            show(conversation.ask(message))
             print(conversation.summary, file=sys.stderr)
+
+
+def show(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes, and a line end. Some templates have it begin with a space."""
+    begun = False
+    for piece in pieces:
+        piece = piece if begun else piece.lstrip()
+        begun = begun or bool(piece)
+        print(piece, end="", flush=True)
+    print(flush=True)
 
 
 def piped_messages() -> Iterator[str]:
@@ -88,11 +96,9 @@ def answer_on_terminal(conversation: Conversation, message: str) -> None:
     """Print the answer as it comes. Ctrl-C ends it after the token in hand; a second, at once."""
     try:
         with first_ctrl_c() as pressed:
-            for piece in conversation.ask(message, pressed):
-                print(piece, end="", flush=True)
+            show(conversation.ask(message, pressed))
     except KeyboardInterrupt:
-        pass
-    print(flush=True)
+        print(flush=True)
 
 
 @contextmanager
