@@ -4,6 +4,7 @@ python lora.py --model mlx_model --data mlx-doc-data --train --iters 600
 python lora.py --model mlx_model --data mlx-doc-data --test
 python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
 cat question.txt | python lora.py --model mlx_model --prompt -
+python lora.py --model mlx_model --chat
 
 The model is a folder that convert.py made; when it is quantized, training is QLoRA. The data is a
 folder with train.jsonl, valid.jsonl and test.jsonl, one {"text": "..."} a line, or prompts or

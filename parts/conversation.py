@@ -1,14 +1,16 @@
 """A conversation with a model, in its chat template; the cache is kept from turn to turn."""
 
 import argparse
-import os
 from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.answers import Answer, warn_of_length
 from parts.chat import ChatTemplate, encode_prompt, end_of_turn
 from parts.decoder import Decoder
 from parts.records import Chat
+from parts.token_rows import common_beginning
 from parts.tokenizers import Tokenizer
 
 import mlx.nn as nn
@@ -46,7 +48,7 @@ class Conversation:
         ids = encode_prompt(self._template, self._tokenizer, asked)
         warn_of_length(len(ids), self._model)
         # Keep what the caches hold of it, but for the last token, whose logits are needed.
-        n_known = len(os.path.commonprefix([self._ids, ids[:-1]]))
+        n_known, _ = common_beginning(np.array(self._ids), np.array(ids[:-1]))
         known, self._ids = self._ids, []  # until all is done: an error may leave anything
         if known:
             self._decoder.trim(n_known)

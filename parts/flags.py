@@ -159,7 +159,7 @@ def add_sampling_flags(add: Callable) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        help="end before this text; may be given several times (default: none)",
     )
     add(
         "--max-kv-size",

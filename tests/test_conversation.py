@@ -254,9 +254,9 @@ def test_max_kv_size_bounds_what_is_remembered(chat_model):
     ids = tokenizer.encode("all of a long prompt, " * 20)
     for n_prompt in (len(ids), 3):
         bounded = decoder.Decoder(model, max_kv_size=40)
-        list(islice(generate_step(model, ids[:n_prompt], decoder=bounded), 100))
+        list(islice(generate_step(model, ids[:n_prompt], decoder=bounded), 60))
         assert bounded.caches[0].capacity == 40
-        assert bounded.offset == n_prompt + 100
+        assert bounded.offset == n_prompt + 60
     whole = list(islice(generate_step(model, ids[:9]), 20))
     bounded = decoder.Decoder(model, max_kv_size=40)
     assert list(islice(generate_step(model, ids[:9], decoder=bounded), 20)) == whole
@@ -366,7 +366,7 @@ def test_a_conversation_on_a_terminal(chat_model):
 
 
 def test_commands_do_what_they_say(chat_model, monkeypatch, capsys):
-    conversation, *_ = load(chat_model)
+    conversation, *_ = load(chat_model, "-n", 12)
     lines = ["one", "/system Be brief.", "two", "", "/reset", "/reset now", "/nothing", "three"]
     lines = "".join(f"{line}\n" for line in lines)
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
