@@ -163,6 +163,9 @@ class ChatTemplate:
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""
+        except KeyboardInterrupt:  # the answer that comes yet would be taken for the next one's
+            self.close()
+            raise
         if not line:
             problem, status = self._process.stderr.read(), self._process.wait()
             self.close()

@@ -57,53 +57,48 @@ def piped_messages() -> Iterator[str]:
 
 
 def on_terminal(conversation: Conversation) -> None:
-    """Answer what is typed, until the user leaves. An error of the template's is one line."""
+    """Answer what is typed, until the user leaves. An error of the template's is one line, and
+    Ctrl-C never ends the conversation.
+    """
     with suppress(ImportError):  # with it, input() has a history and edits lines
         import readline  # noqa: F401
     print(f"{COMMANDS}; Ctrl-C ends an answer", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
-            line.encode()
+            line.encode()  # half a character is an error here
+            if line.partition(" ")[0] == "/quit":
+                return
+            if line:
+                with first_ctrl_c() as pressed:
+                    obey(conversation, line, pressed)
         except EOFError:
             print()
             return
         except KeyboardInterrupt:
             print(f"\n{COMMANDS}", file=sys.stderr)
-            continue
-        except UnicodeError:
-            warn("that is not valid UTF-8")
-            continue
-        command, _, rest = line.partition(" ")
-        if command == "/quit":
-            return
-        if not line:
-            continue
-        try:
-            if command == "/reset":
-                conversation.reset()
-            elif command == "/system":
-                conversation.set_system(rest.strip())
-            elif command.startswith("/"):
-                print(f"there is no {command}: {COMMANDS}", file=sys.stderr)
-            else:
-                answer_on_terminal(conversation, line)
         except ValueError as error:
             warn(one_line(error))
 
 
-def answer_on_terminal(conversation: Conversation, message: str) -> None:
-    """Print the answer as it comes. Ctrl-C ends it after the token in hand; a second, at once."""
-    try:
-        with first_ctrl_c() as pressed:
-            show(conversation.ask(message, pressed))
-    except KeyboardInterrupt:
-        print(flush=True)
+def obey(conversation: Conversation, line: str, stopping: Callable[[], bool]) -> None:
+    """Do what a command says, or print the answer to a message. Raises ValueError."""
+    command, _, rest = line.partition(" ")
+    if command == "/reset":
+        conversation.reset()
+    elif command == "/system":
+        conversation.set_system(rest.strip())
+    elif command.startswith("/"):
+        print(f"there is no {command}: {COMMANDS}", file=sys.stderr)
+    else:
+        show(conversation.ask(line, stopping))
 
 
 @contextmanager
 def first_ctrl_c() -> Iterator[Callable[[], bool]]:
-    """Yield whether Ctrl-C was pressed meanwhile. Pressed again, it raises KeyboardInterrupt."""
+    """Yield whether Ctrl-C was pressed meanwhile, which ends an answer after the token in hand.
+    Pressed again, it raises KeyboardInterrupt.
+    """
     pressed = []
 
     def catch(*_: object) -> None:
