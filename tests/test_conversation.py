@@ -19,7 +19,7 @@ from test_chat import folder as tokenizer_folder  # noqa: F401  a fixture
 from test_chat import said
 
 from parts import decoder, kv_cache, talk  # before MLX, for its BLAS
-from parts.chat import BUILT_IN, ChatTemplate, end_of_turn
+from parts.chat import BUILT_IN, ChatTemplate, encode_prompt, end_of_turn
 from parts.conversation import Conversation
 from parts.decoder import generate_step, prefill
 from parts.kv_cache import KVCache
@@ -169,6 +169,25 @@ def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch)
     texts = [rendered(QUESTION), f"\n{rendered('And a vicuña?')}", f"\n{rendered('你好 😀')}"]
     new = [len(tokenizer.encode(text, bos=False, special_tokens=True)) for text in texts]
     assert lengths == new
+
+
+def test_an_answer_that_is_read_as_other_tokens_than_it_was_written_in_changes_nothing(tiny_model):
+    """Of a random model, in pieces that no tokenizer makes of their text, and parts of letters."""
+    model, tokenizer = lora.load_model(tiny_model, mx.float32)
+    template = lora.load_template("mistral", tiny_model, tokenizer)
+    conversation = Conversation(model, tokenizer, template, arguments("-n", 12))
+    was_read_otherwise = False
+    for question in ("Hello", "你好 😀", "And?"):
+        known = conversation._ids
+        messages = [*conversation.messages, {"role": "user", "content": question}]
+        ids = encode_prompt(template, tokenizer, messages)
+        was_read_otherwise |= known != ids[: len(known)]
+        answer = "".join(conversation.ask(question))
+        written = conversation._ids[len(ids) :]
+        assert written == list(islice(generate_step(model, ids), len(written)))
+        assert answer == tokenizer.decode([*ids, *written])[len(tokenizer.decode(ids)) :]
+        assert_caches_hold(conversation, model, [*ids, *written])
+    assert was_read_otherwise
 
 
 def test_what_was_said_before_an_interruption_stays_and_the_cache_with_it(chat_model):
