@@ -9,11 +9,13 @@ device            which device computes, and its BLAS, streams and memory
 ops               the one door: each operation's CPU form, CUDA kernel, or MLX's own
 ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
+quantized_cuda    weights of 4 bits in 16, and times a few vectors: quantized_cuda.cu
 recompute         cheap parts of the network computed again rather than kept
 joined_layers     the layers of a model in training, with fewer and larger operations
 joined_linear     linear layers with one input as one product in training, and their LoRA pair
 linear_cross_entropy  the loss, without ever holding all logits
-nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types
+nvrtc             compile CUDA kernels, and ask what the GPU has; numbers.cuh is their 16-bit types,
+                  tensor_cores.cuh their products by tensor cores
 config_values     whether values read from a file are what a dataclass says
 rope              rotary positions: frequencies, scaled or not, and tables of cosines and sines
 kv_cache          the keys and values of a layer's positions so far

@@ -120,7 +120,7 @@ def compiled_kernel(model: nn.Module) -> bytes | None:
     constants = kernel_constants(model)
     if not constants:
         return None
-    source = nvrtc.read_source("decoder_products.cuh", "decoder_cuda.cu")
+    source = nvrtc.read_source("tensor_cores.cuh", "decoder_products.cuh", "decoder_cuda.cu")
     return nvrtc.compile_kernels(source, tuple(constants.items()))
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from parts import device, ops_cpu, ops_cuda, recompute
+from parts import device, ops_cpu, ops_cuda, quantized_cuda, recompute
 from parts.linear_cross_entropy import by_positions, by_vocabulary, with_gradient
 from parts.rope import Rope, amplitude, wavelength_table
 
@@ -201,12 +201,17 @@ def quantized_matmul(
     Many rows of x are multiplied with dequantized weights where that beats MLX's own product: on a
     CPU and with CUDA. In `training` they are not kept for the backward pass, but dequantized again.
     """
-    settings = {"group_size": group_size, "bits": bits}
-    if x.size // x.shape[-1] <= most_rows_of_mlx():
-        return mx.quantized_matmul(x, weight, scales, biases, transpose=True, **settings)
+    weights, settings = (weight, scales, biases), {"group_size": group_size, "bits": bits}
+    n_rows = x.size // x.shape[-1]
+    if n_rows > 1 and device.has_cuda() and not training:
+        product = quantized_cuda.multiply(x, *weights, **settings)
+        if product is not None:
+            return product
+    if n_rows <= most_rows_of_mlx():
+        return mx.quantized_matmul(x, *weights, transpose=True, **settings)
 
     def product(x: mx.array) -> mx.array:
-        return x @ mx.dequantize(weight, scales, biases, **settings).T
+        return x @ dequantize(*weights, **settings).T
 
     if not training:
         return product(x)
@@ -214,9 +219,17 @@ def quantized_matmul(
 
     @product.vjp
     def product_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        return cotangent @ mx.dequantize(weight, scales, biases, **settings)
+        return cotangent @ dequantize(*weights, **settings)
 
     return product(x)
+
+
+def dequantize(
+    weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Quantized rows as they are in the dtype of their scales."""
+    compute = quantized_cuda.dequantize if device.has_cuda() else mx.dequantize
+    return compute(weight, scales, biases, group_size=group_size, bits=bits)
 
 
 def sort(x: mx.array) -> mx.array:
@@ -236,4 +249,4 @@ def most_rows_of_mlx() -> float:
     """The rows up to which MLX's product with quantized weights is the fastest."""
     if device.ON_CPU:
         return 2
-    return 64 if device.has_cuda() else math.inf
+    return 16 if device.has_cuda() else math.inf

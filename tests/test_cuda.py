@@ -25,7 +25,9 @@ from parts import (
     joined_linear,
     kv_cache,
     nvrtc,
+    ops,
     ops_cuda,
+    quantized_cuda,
 )
 from parts.adapters import PROJECTIONS, to_vector
 from parts.decoder import Decoder, generate_step
@@ -69,6 +71,7 @@ using std::min, std::max;
 struct Index { int x; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+struct uint2 { unsigned x, y; };
 struct uint4 { unsigned x, y, z, w; };
 
 static Index threadIdx, blockIdx, gridDim, blockDim{THREADS};
@@ -151,6 +154,18 @@ float half_of(unsigned word, int which, bool is_float16) {
     return __uint_as_float(unsigned(bits) << 16);
 }
 
+unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c, bool is_float16) {
+    unsigned sums = 0;
+    for (int i = 0; i < 2; i++) {
+        float factor = half_of(b, i, is_float16);
+        float sum = half_of(a, i, is_float16) * factor + half_of(c, i, is_float16);
+        unsigned bits = std::bit_cast<unsigned>(sum) + 0x8000u >> 16;
+        if (is_float16) bits = std::bit_cast<unsigned short>(_Float16(sum));
+        sums |= bits << 16 * i;
+    }
+    return sums;
+}
+
 void multiply_fragments(float* c, const unsigned* a, unsigned b0, unsigned b1, bool is_float16) {
     auto& warp = warps[threadIdx.x / 32];
     unsigned* own = fragments[threadIdx.x];
@@ -178,12 +193,18 @@ ASSEMBLY_OF_NUMBERS = {
     r'asm\("cvt\.f32\.f16.*?\);': "x = std::bit_cast<_Float16>(bits);",
     r'asm\("cvt\.rn\.bf16\.f32.*?\);': "bits = std::bit_cast<unsigned>(x) >> 16;",
 }
+ASSEMBLY_OF_TENSOR_CORES = {
+    r'asm\("mma\.sync[^;]*f32\.f16\.f16.*?\)\);': "multiply_fragments(c, a, b0, b1, true);",
+    r'asm\("mma\.sync[^;]*f32\.bf16\.bf16.*?\)\);': "multiply_fragments(c, a, b0, b1, false);",
+}
+ASSEMBLY_OF_PAIRS = {
+    r'asm\("fma\.rn\.f16x2.*?\)\);': "sum = multiply_add_pairs(a, b, c, true);",
+    r'asm\("fma\.rn\.bf16x2.*?\)\);': "sum = multiply_add_pairs(a, b, c, false);",
+}
 ASSEMBLY_OF_THE_DECODER = {
     r'asm volatile\("ld\.acquire.*?\);': (
         "now = std::atomic_ref(*counter).load(), sched_yield(), let_others_run();"
     ),
-    r'asm\("mma\.sync[^;]*f32\.f16\.f16.*?\)\);': "multiply_fragments(c, a, b0, b1, true);",
-    r'asm\("mma\.sync[^;]*f32\.bf16\.bf16.*?\)\);': "multiply_fragments(c, a, b0, b1, false);",
     r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
 }
 BEHIND = """
@@ -229,7 +250,10 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     @lru_cache
     def compile_with_gxx(source: str, constants: tuple[tuple[str, object], ...]) -> str | None:
         waiting = "decoder_layer" in source
-        assembly = ASSEMBLY_OF_NUMBERS | (ASSEMBLY_OF_THE_DECODER if waiting else {})
+        assembly = dict(ASSEMBLY_OF_NUMBERS)
+        if "tensor_cores.cuh" in source:
+            assembly |= ASSEMBLY_OF_TENSOR_CORES
+            assembly |= ASSEMBLY_OF_THE_DECODER if waiting else ASSEMBLY_OF_PAIRS
         for pattern, replacement in assembly.items():
             source, n = re.subn(pattern, replacement, source, flags=re.DOTALL)
             assert n == 1, pattern
@@ -284,6 +308,7 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
 
     monkeypatch.setattr(device, "ON_CPU", False)
     monkeypatch.setattr(decoder_cuda, "THREADS", THREADS)
+    monkeypatch.setattr(quantized_cuda, "THREADS", THREADS)
     monkeypatch.setattr(nvrtc, "compile_kernels", compile_with_gxx)
     attributes = {nvrtc.MULTIPROCESSORS: N_BLOCKS, nvrtc.MAX_SHARED_MEMORY: 100_000}
     monkeypatch.setattr(nvrtc, "attribute", attributes.get)
@@ -294,7 +319,15 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "name", ["numbers.cuh", "ops_cuda.cu", "decoder_products.cuh", "decoder_cuda.cu"]
+    "name",
+    [
+        "numbers.cuh",
+        "ops_cuda.cu",
+        "tensor_cores.cuh",
+        "decoder_products.cuh",
+        "decoder_cuda.cu",
+        "quantized_cuda.cu",
+    ],
 )
 def test_an_error_of_the_compiler_names_the_file_of_the_kernel_and_the_line(name):
     lines = (ROOT / "parts" / name).read_text("utf-8").splitlines(keepends=True)
@@ -391,6 +424,7 @@ def test_the_kernel_gives_the_logits_of_the_model(
 ):
     model = random_model(ModelArgs(**{**vars(ARGS), **FAMILIES[family]}), dtype, bits, adapted)
     monkeypatch.setattr(kv_cache, "STEP", 256)
+    monkeypatch.setattr(quantized_cuda, "has_kernels", lambda *_: False)  # here MLX's are faster
     tokens = mx.random.randint(0, 50, (1, 257))
 
     actual = decoded(model, tokens, 255)  # the cache grows at 256
@@ -433,6 +467,33 @@ def test_a_model_that_the_kernel_does_not_fit_is_decoded_without_it(change, emul
     token = mx.array([[7]])
     np.testing.assert_allclose(Decoder(model)(token), model(token)[0][:, -1], atol=1e-5, rtol=0)
     assert "decoder_layer" not in emulated_cuda
+
+
+def test_weights_of_4_bits_are_dequantized_and_multiplied_by_few_vectors_in_kernels(
+    emulated_cuda, monkeypatch
+):
+    monkeypatch.setattr(quantized_cuda, "MOST_TILES", 1)
+    check_products_of_4_bits("float16", 32, 11, (64, 384))
+    assert emulated_cuda == ["dequantize", "quantized_product"]
+
+
+def check_products_of_4_bits(
+    dtype: str, group_size: int, n_vectors: int, shape: tuple[int, int]
+) -> None:
+    """With weights of this shape, against MLX's own operations in float32."""
+    mx.random.seed(2)
+    weights = mx.quantize(mx.random.normal(shape).astype(getattr(mx, dtype)), group_size, 4)
+    dequantized = quantized_cuda.dequantize(*weights, group_size, 4).astype(mx.float32)
+    floats = [a if a.dtype == mx.uint32 else a.astype(mx.float32) for a in weights]
+    step = {"float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    expected = mx.dequantize(*floats, group_size, 4)
+    np.testing.assert_allclose(dequantized, expected, atol=step, rtol=step)
+    x = mx.random.normal((1, n_vectors, shape[1])).astype(getattr(mx, dtype))
+    product = ops.quantized_matmul(x, *weights, group_size, 4, training=False)
+    assert (product.shape, product.dtype) == ((1, n_vectors, shape[0]), x.dtype)
+    expected = x.astype(mx.float32) @ expected.T
+    limit = step * mx.abs(expected).max().item()
+    np.testing.assert_allclose(product.astype(mx.float32), expected, atol=limit, rtol=0)
 
 
 def packed_inputs(inputs: mx.array, positions: mx.array | None) -> mx.array:
@@ -595,6 +656,16 @@ def test_on_a_gpu_the_kernel_gives_the_logits_of_the_model(name, dtype, bits, ad
     expected = model(tokens)[0][:, [*range(509, 514), 0]]
     error = (mx.abs(actual - expected).max() / mx.abs(expected).max()).item()
     assert error < ERROR[dtype]
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("group_size", "n_vectors", "shape"),
+    [(64, 2, (4096, 4096)), (64, 64, (14336, 4096)), (32, 17, (96, 192)), (128, 192, (1024, 8192))],
+)
+def test_on_a_gpu_weights_of_4_bits_are_those_of_mlx(dtype, group_size, n_vectors, shape):
+    check_products_of_4_bits(dtype, group_size, n_vectors, shape)
 
 
 @on_gpu
