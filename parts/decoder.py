@@ -23,20 +23,6 @@ CUDA_PREFILL_STEP = 2048  # the same with CUDA
 PREFETCH = 2  # layers of a prompt that are queued while the device computes another
 
 
-def prefill(
-    model: nn.Module, ids: list[int], caches: list[KVCache] | None = None
-) -> list[KVCache] | None:
-    """The key-value caches, one a layer, after `ids`, which follow what is in `caches`; None
-    without anything. The caches given stay as they are.
-    """
-    if not ids:
-        return caches
-    caches = [cache.copy() for cache in caches] if caches else empty_caches(model)
-    mx.eval(read_prompt(model, ids, caches))
-    device.give_back_memory()
-    return caches
-
-
 def empty_caches(model: nn.Module, max_size: int | None = None) -> list[KVCache]:
     """A cache of no positions for each layer."""
     args = model.args
@@ -138,6 +124,7 @@ def generate_step(
     if not mx.isfinite(logits).all():
         raise FloatingPointError("the model's logits are not finite: give another --dtype")
     yield token.item()  # before what decodes one token at a time is made ready
+    device.give_back_memory()  # of the prompt
     token = sampler(sampled(decoder(token[:, None])))
     while True:
         mx.async_eval(token)  # on its own, so that nobody who wants it waits for the next
@@ -192,7 +179,6 @@ class Decoder:
     @cached_property
     def run_layers(self) -> Callable:
         """What computes the layers for one token, made ready when the first one comes."""
-        device.give_back_memory()  # of the prompt
         return kernel_layers(self.model) or separate_layers(self.model)
 
     def prefill(self, ids: list[int]) -> mx.array:

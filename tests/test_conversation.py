@@ -21,7 +21,7 @@ from test_chat import said
 from parts import decoder, kv_cache, talk  # before MLX, for its BLAS
 from parts.chat import BUILT_IN, ChatTemplate, encode_prompt, end_of_turn
 from parts.conversation import Conversation
-from parts.decoder import generate_step, prefill
+from parts.decoder import Decoder, generate_step
 from parts.kv_cache import KVCache
 from parts.tokenizers import Tokenizer
 
@@ -137,10 +137,17 @@ def test_a_model_without_a_template_says_what_to_give(tiny_model, data):
 # Turns
 
 
+def caches_of(model, ids):
+    """Of a whole text, computed at once."""
+    decode = Decoder(model)
+    decode.prefill(ids)
+    return decode.caches
+
+
 def assert_caches_hold(conversation, model, ids):
     """Those of a whole text, computed at once."""
     assert conversation._decoder.offset == len(ids)
-    for ours, theirs in zip(conversation._decoder.caches, prefill(model, ids), strict=True):
+    for ours, theirs in zip(conversation._decoder.caches, caches_of(model, ids), strict=True):
         for a, b in zip(ours.filled(), theirs.filled(), strict=True):
             np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5)
 
@@ -230,7 +237,7 @@ def test_a_window_that_has_lost_what_a_turn_needs_is_computed_anew(chat_model, m
     assert conversation._decoder.caches[0].start > 0
     conversation.set_system("Short.")
     list(conversation.ask("x"))
-    full = prefill(model, conversation._ids)
+    full = caches_of(model, conversation._ids)
     ours = conversation._decoder.caches[0].filled()[0][:, :, -8:]
     np.testing.assert_allclose(np.array(ours), np.array(full[0].filled()[0][:, :, -8:]), atol=2e-5)
 

@@ -19,7 +19,7 @@ from test_models import add_lora_to_both, go_as_on_a_gpu, loss_of_theirs, refere
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from parts import decoder, kv_cache
-from parts.decoder import Decoder, generate_step, prefill
+from parts.decoder import Decoder, generate_step
 from parts.rope import amplitude, frequencies, make_rope
 
 import mlx.core as mx
@@ -128,7 +128,8 @@ def test_logits_with_a_cache_are_those_of_one_pass(pair, monkeypatch):
     monkeypatch.setattr(kv_cache, "STEP", 16)
     with torch.no_grad():
         expected = theirs(torch.tensor(TOKENS[:1])).logits.numpy()[0, 90:]
-    decode = Decoder(ours, prefill(ours, TOKENS[0, :90].tolist()))
+    decode = Decoder(ours)
+    decode.prefill(TOKENS[0, :90].tolist())
     logits = [decode(mx.array([[token]]))[0] for token in TOKENS[0, 90:].tolist()]
     np.testing.assert_allclose(mx.stack(logits), expected, atol=1e-4, rtol=0)
 
@@ -224,7 +225,8 @@ def test_a_gpu_s_form_computes_what_a_cpu_s_does(bits, monkeypatch):
     np.testing.assert_allclose(model(tokens)[0], expected, atol=1e-4, rtol=0)
     tolerance = 1e-4 * mx.abs(gradient).max().item()
     np.testing.assert_allclose(gradients(model, tokens), gradient, atol=tolerance, rtol=0)
-    decode = Decoder(model, prefill(model, TOKENS[0, :90].tolist()))
+    decode = Decoder(model)
+    decode.prefill(TOKENS[0, :90].tolist())
     logits = [decode(mx.array([[token]]))[0] for token in TOKENS[0, 90:].tolist()]
     np.testing.assert_allclose(mx.stack(logits), expected[0, 90:], atol=1e-4, rtol=0)
 
@@ -232,9 +234,10 @@ def test_a_gpu_s_form_computes_what_a_cpu_s_does(bits, monkeypatch):
 def test_a_cache_with_a_window_stays_bounded(monkeypatch):
     monkeypatch.setattr(decoder, "PREFILL_STEP", 40)
     monkeypatch.setattr(kv_cache, "STEP", 16)
-    caches = prefill(Model(EVERYTHING), TOKENS.flatten().tolist())
-    assert caches[0].offset == TOKENS.size
-    assert caches[0].capacity <= WINDOW + 40 + 16
+    decode = Decoder(Model(EVERYTHING).eval())
+    decode.prefill(TOKENS.flatten().tolist())
+    assert decode.offset == TOKENS.size
+    assert decode.caches[0].capacity <= WINDOW + 40 + 16
 
 
 def test_a_window_longer_than_the_context_changes_no_bit():
