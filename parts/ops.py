@@ -203,7 +203,7 @@ def quantized_matmul(
     """
     weights, settings = (weight, scales, biases), {"group_size": group_size, "bits": bits}
     n_rows = x.size // x.shape[-1]
-    if n_rows > 1 and device.has_cuda() and not training:
+    if device.has_cuda() and not training:
         product = quantized_cuda.multiply(x, *weights, **settings)
         if product is not None:
             return product

@@ -1,7 +1,7 @@
 """Weights of 4 bits on CUDA: in 16 bits, and multiplied by a few vectors. See quantized_cuda.cu.
 
-MLX's own product with a few vectors takes three times as long, and half a minute to compile where
-it has never run. Dequantized weights take the time and the memory of all of them in 16 bits.
+MLX's own product with a few vectors takes up to four times as long, and half a minute to compile
+where it has never run. Dequantized weights take the time and the memory of all of them in 16 bits.
 """
 
 from parts import device, nvrtc  # noqa: F401  device before MLX, for its BLAS
@@ -13,7 +13,7 @@ ROWS = 32  # of weights that a block multiplies
 STEP = 64  # numbers of a row that a warp takes at once
 TILE = 8  # vectors that tensor cores multiply them by at once
 MOST_TILES = 8  # of a block
-MOST_VECTORS = 192  # with more, to dequantize the weights is faster
+MOST_VECTORS = 128  # with more, to dequantize the weights is faster
 AT_ONCE = 16  # weights that a thread dequantizes
 
 
