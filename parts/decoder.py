@@ -224,15 +224,15 @@ def separate_layers(model: nn.Module) -> Callable:
 
 
 def before_attention(layer: nn.Module) -> Callable:
-    """A function of x (1, 1, D) and its position that returns queries (1, H, 1, head_dim), keys and
-    values (1, K, 1, head_dim).
+    """A function of x (B, 1, D) and its position that returns queries (B, H, 1, head_dim), keys and
+    values (B, K, 1, head_dim).
     """
     attention = layer.attention
     n_heads, n_kv_heads = attention.n_heads, attention.n_kv_heads
     wqkv = MergedLinear(attention.wq, attention.wk, attention.wv)
 
     def before(x: mx.array, position: int | mx.array) -> tuple[mx.array, mx.array, mx.array]:
-        heads = wqkv(layer.attention_norm(x)).reshape(1, 1, -1, attention.head_dim)
+        heads = wqkv(layer.attention_norm(x)).reshape(len(x), 1, -1, attention.head_dim)
         rotated, values = mx.split(heads, [n_heads + n_kv_heads], axis=2)
         if "q_norm" in attention:
             queries, keys = mx.split(rotated, [n_heads], axis=2)
@@ -245,15 +245,15 @@ def before_attention(layer: nn.Module) -> Callable:
 
 
 def after_attention(layer: nn.Module) -> Callable:
-    """A function of x (1, 1, D) and its attention's output (1, H, 1, head_dim) that returns the
-    layer's output (1, 1, D).
+    """A function of x (B, 1, D) and its attention's output (B, H, 1, head_dim) that returns the
+    layer's output (B, 1, D).
     """
     feed_forward = layer.feed_forward
     wo, w2 = MergedLinear(layer.attention.wo), MergedLinear(feed_forward.w2)
     w13 = MergedLinear(feed_forward.w1, feed_forward.w3)
 
     def after(x: mx.array, attended: mx.array) -> mx.array:
-        x = x + wo(attended.reshape(1, 1, -1))
+        x = x + wo(attended.reshape(len(x), 1, -1))
         gate, up = mx.split(w13(layer.ffn_norm(x)), 2, axis=-1)
         return x + w2(swiglu(gate, up))
 

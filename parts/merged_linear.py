@@ -5,7 +5,7 @@ from functools import lru_cache, partial
 
 import numpy as np
 
-from parts import device  # before MLX, for its BLAS
+from parts import device, ops  # before MLX, for its BLAS
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -127,8 +127,10 @@ def multiply_quantized(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
     """A vector (1, 1, K) times the transpose of N quantized rows: (1, 1, N). On a CPU the rows are
-    split among the cores.
+    split among the cores. Of more vectors (B, 1, K) it is the product that the network has.
     """
+    if len(x) > 1:
+        return ops.quantized_matmul(x, weight, scales, biases, group_size, bits)
     multiply = partial(mx.quantized_matmul, x, group_size=group_size, bits=bits)
     if not device.ON_CPU or weight.nbytes < MIN_BYTES_TO_SPLIT:
         return multiply(weight, scales, biases)
