@@ -32,13 +32,14 @@ from parts import adapters, cli, device, dropout, model_folder, run_log  # befor
 from parts.adapter_formats import read_matrices
 from parts.adapters import to_vector
 from parts.answers import Answer, ready_to_answer, warn_of_length
+from parts.batch_generation import answer_prompts, answers_alone
 from parts.batches import bucket_lengths, pad_batch
 from parts.chat import load_template
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, add_data_flags, add_lora_flags, add_sampling_flags
-from parts.flags import add_update_flags, check_arguments
+from parts.flags import adapter_to_load, add_batch_size, add_data_flags, add_lora_flags
+from parts.flags import add_prompts_flag, add_sampling_flags, add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.joined_layers import layers_in_training
 from parts.ops import cross_entropy, linear_cross_entropy
@@ -87,6 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the prompt is a message to the assistant; without one, a conversation: on a terminal "
         "until /quit, from a pipe a message a line",
     )
+    add_prompts_flag(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="mlx_model", help="folder made by convert.py")
@@ -118,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_flags(add)
     add("--lora-layers", type=COUNT, default=16, help="layers to adapt, from the top")
     add_lora_flags(add)
-    add("--batch-size", type=COUNT, default=4, help="sequences a step, on all ranks")
+    add_batch_size(add)
     duration = training.add_mutually_exclusive_group().add_argument
     duration("--iters", type=COUNT, default=1000, help="updates to train in all")
     duration("--epochs", type=EPOCHS, help="passes over the data, in place of --iters")
@@ -613,7 +615,10 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         perplexity = math.inf if test_loss > 709 else math.exp(test_loss)  # float64 holds no more
         say(f"Test loss {test_loss:.3f}, Test ppl {perplexity:.3f}.")
     mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
-    if args.chat and ranks.rank == 0:
+    if args.prompts is not None and ranks.rank == 0:
+        say("Generating")
+        answer_prompts(model, tokenizer, args)
+    elif args.chat and ranks.rank == 0:
         converse(model, tokenizer, template, args)
     elif args.prompt is not None and ranks.rank == 0:
         say("Generating")
@@ -667,7 +672,8 @@ def main() -> None:
         try:
             with Ranks.join(COMMON_ENDS) as ranks:
                 args = build_parser().parse_args()
-                run(args, ranks)
+                with answers_alone(args):
+                    run(args, ranks)
         except Stopped as stop:
             cli.leave(128 + stop.signum, f"{stop}; go on with: {resuming_command(args)}")
 

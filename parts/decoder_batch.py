@@ -14,7 +14,7 @@ Models", 2022.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Protocol
 
@@ -24,14 +24,16 @@ from parts import device, ops, ops_cpu
 from parts.decoder import PREFETCH, PREFILL_STEP, after_attention, before_attention
 from parts.merged_linear import MergedLinear
 from parts.rope import Rope, amplitude
+from parts.sampling import GREEDY, Sampler, Sampling, new_keys
 
 import mlx.core as mx
 import mlx.nn as nn
 
 ROOM = 256  # columns by which the cache grows
 SAME_SHAPE = 64  # a GPU attends to a multiple of so many columns: each shape costs it time once
-FAR = 8192  # positions after which they are counted from 0 again, since float32 makes angles of them
-NOT_FINITE = "the model's logits are not finite: give another --dtype"
+FAR = (
+    8192  # positions after which they are counted from 0 again, since float32 makes angles of them
+)
 REFILL = 8  # rows are replaced when one of so many has ended: each time the weights are read again
 
 
@@ -39,77 +41,134 @@ class Row(Protocol):
     """A prompt and what becomes of its answer."""
 
     prompt_ids: list[int]
+    ids: list[int]  # of the answer so far
 
     def left(self) -> int:
-        """Return how many tokens it takes at most."""
+        """Return how many more tokens it takes at most."""
 
     def add(self, token: int) -> bool:
         """Take the next token. Return whether the answer has ended."""
 
 
 def generate_rows(
-    model: nn.Module, rows: list[Row], n_slots: int, choose: Callable[[mx.array, list[Row]], mx.array]
+    model: nn.Module,
+    rows: list[Row],
+    n_slots: int,
+    sampling: Sampling = GREEDY,
+    vocab_size: int | None = None,
 ) -> Iterator[Row]:
-    """Answer the rows, up to `n_slots` at a time and in their order; yield each when it has ended.
+    """Answer the rows, up to `n_slots` at a time, beginning with the first; yield each when it has
+    ended. The random numbers of each are its own, whatever `n_slots` is.
 
-    choose: returns a token (B) for logits (B, V) and the rows that they are for, None where there
-    is none. Raises FloatingPointError where the first logits are not finite.
+    vocab_size: only so many of the first ids are sampled, by default all. Raises FloatingPointError
+    where the first logits are not finite.
     """
     model.eval()
-    waiting, slots = deque(rows), [None] * min(n_slots, len(rows))
-    decoder = BatchDecoder(model, len(slots), max((len(r.prompt_ids) for r in rows), default=0))
-    tokens = mx.zeros(len(slots), mx.int32)
-    while waiting or any(slots):
-        # Give free slots to waiting rows.
-        free = [slot for slot, row in enumerate(slots) if row is None]
-        if waiting and (len(free) * REFILL >= len(slots) or len(free) == len(slots)):
-            new = [waiting.popleft() for _ in free[: len(waiting)]]
-            new.sort(key=lambda row: len(row.prompt_ids))
-            for first, group in prefill_groups(new):
-                places = free[first : first + len(group)]
-                for slot, row in zip(places, group, strict=True):
-                    slots[slot] = row
-                logits = decoder.prefill(places, [row.prompt_ids for row in group])
-                if len(waiting) + len(new) == len(rows) and not mx.isfinite(logits).all():
-                    raise FloatingPointError(NOT_FINITE)
-                tokens = put(tokens, places, choose(logits, group))
-            mx.async_eval(tokens)
-        # With none waiting, drop rows that have ended.
-        elif not waiting and decoder.is_worth_shrinking(len(slots) - len(free)):
-            kept = [slot for slot, row in enumerate(slots) if row is not None]
-            decoder.keep(kept)
-            slots, tokens = [slots[slot] for slot in kept], tokens[mx.array(kept)]
-        # Queue the next tokens, then look at those before.
-        current, before = list(slots), tokens
-        if any(row is not None and row.left() > 1 for row in slots):
-            tokens = choose(decoder(tokens), slots).astype(mx.int32)
-            mx.async_eval(tokens)
-        for slot, (row, token) in enumerate(zip(current, before.tolist(), strict=True)):
+    n_slots = min(n_slots, len(rows))
+    waiting = deque(zip(rows, new_keys(len(rows)), strict=True))
+    batch = Batch(model, n_slots, max(len(row.prompt_ids) for row in rows), sampling, vocab_size)
+    while waiting or batch.n_live:
+        # Give free slots to waiting rows, or with none waiting, have no slots for those that ended.
+        n_free = len(batch.slots) - batch.n_live
+        if waiting and (n_free * REFILL >= len(batch.slots) or not batch.n_live):
+            batch.fill([waiting.popleft() for _ in range(min(n_free, len(waiting)))])
+        elif not waiting:
+            batch.shrink()
+        # Queue the tokens after the newest, then look at these.
+        newest, holders = batch.tokens, list(batch.slots)
+        if any(row is not None and row.left() > 1 for row in holders):
+            batch.step()
+        for slot, (row, token) in enumerate(zip(holders, newest.tolist(), strict=True)):
             if row is not None and row.add(token):
-                slots[slot] = None
-                decoder.release(slot)
+                batch.release(slot)
                 yield row
 
 
-def prefill_groups(rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
-    """Yield the rows, sorted by length, as groups that go through the model together, each with the
-    index of its first.
-    """
-    first = 0
-    while first < len(rows):
-        end = first + 1
-        while end < len(rows) and (end + 1 - first) * len(rows[end].prompt_ids) <= PREFILL_STEP:
-            end += 1
-        yield first, rows[first:end]
-        first = end
+class Batch:
+    """The rows that are answered together, each in a slot, and their newest tokens."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        n_slots: int,
+        longest: int,
+        sampling: Sampling,
+        vocab_size: int | None,
+    ):
+        self.slots: list[Row | None] = [None] * n_slots
+        self.tokens = mx.zeros(n_slots, mx.int32)
+        self._decoder = BatchDecoder(model, n_slots, longest)
+        self._sampling, self._vocab_size = sampling, vocab_size
+        self._sampler = Sampler(sampling, [[0]] * n_slots)
+        self._checked = False  # whether logits are finite
+
+    @property
+    def n_live(self) -> int:
+        """The rows whose answers have not ended."""
+        return sum(row is not None for row in self.slots)
+
+    def fill(self, new: list[tuple[Row, mx.array]]) -> None:
+        """Put rows into free slots, each with the key of its random numbers, and queue their first
+        tokens.
+        """
+        free = [slot for slot, row in enumerate(self.slots) if row is None]
+        new = sorted(new, key=lambda pair: len(pair[0].prompt_ids))
+        first = 0
+        for size in group_sizes([len(row.prompt_ids) for row, _ in new]):
+            rows, keys = zip(*new[first : first + size], strict=True)
+            places = free[first : first + size]
+            prompts = [row.prompt_ids for row in rows]
+            logits = self._used(self._decoder.prefill(places, prompts))
+            if not self._checked and not mx.isfinite(logits).all():
+                raise FloatingPointError("the model's logits are not finite: give another --dtype")
+            self._checked = True
+            for slot, row in zip(places, rows, strict=True):
+                self.slots[slot] = row
+            sampler = Sampler(self._sampling, prompts, mx.stack(keys))
+            self.tokens[mx.array(places)] = sampler(logits).astype(mx.int32)
+            self._sampler.join(places, sampler, self._longest_text())
+            first += size
+        mx.async_eval(self.tokens)
+
+    def step(self) -> None:
+        """Queue the next token of each slot."""
+        logits = self._used(self._decoder(self.tokens))
+        self.tokens = self._sampler(logits).astype(mx.int32)
+        mx.async_eval(self.tokens)
+
+    def release(self, slot: int) -> None:
+        """The row of a slot has ended."""
+        self.slots[slot] = None
+        self._decoder.release(slot)
+
+    def shrink(self) -> None:
+        """Have no slots for rows that have ended, if that is worth it."""
+        if not 0 < self.n_live <= self._decoder.few(len(self.slots)):
+            return
+        kept = [slot for slot, row in enumerate(self.slots) if row is not None]
+        self._decoder.keep(kept)
+        self._sampler.keep(kept)
+        self.slots = [self.slots[slot] for slot in kept]
+        self.tokens = self.tokens[mx.array(kept)]
+
+    def _used(self, logits: mx.array) -> mx.array:
+        return logits[:, : self._vocab_size].astype(mx.float32)
+
+    def _longest_text(self) -> int:
+        """The tokens of the longest text, with the one that is queued."""
+        return 1 + max(len(r.prompt_ids) + len(r.ids) for r in self.slots if r is not None)
 
 
-def put(array: mx.array, places: list[int], values: mx.array) -> mx.array:
-    """Return the array with these values at these places."""
-    if len(places) == len(array):
-        return values.astype(array.dtype)[mx.array(np.argsort(places))]
-    array[mx.array(places)] = values.astype(array.dtype)
-    return array
+def group_sizes(lengths: list[int]) -> Iterator[int]:
+    """Yield how many prompts, of these ascending lengths, go through the model together."""
+    n = 0
+    for length in lengths:
+        if n and (n + 1) * length > PREFILL_STEP:
+            yield n
+            n = 0
+        n += 1
+    if n:
+        yield n
 
 
 class BatchDecoder:
@@ -157,9 +216,10 @@ class BatchDecoder:
         # Run pieces of the prompts, padded on the left, through the layers.
         caches, step = [None] * len(self._caches), max(1, PREFILL_STEP // len(prompts))
         for start in range(0, n, step):
-            mask = as_mask(prompt_mask(start, min(start + step, n), pads, self._window), self._model)
+            end = min(start + step, n)
+            mask = as_mask(prompt_mask(start, end, pads, self._window), self._model)
             position = self._end + self._shift - n + start
-            x = prefill_piece(self._model, tokens[:, start : start + step], position, mask, caches)
+            x = prefill_piece(self._model, tokens[:, start:end], position, mask, caches)
         # Put keys and values to their places.
         place = slice(self._end - n, self._end)
         for cache, new in zip(self._caches, caches, strict=True):
@@ -173,11 +233,11 @@ class BatchDecoder:
         """The row of a slot has ended. It is computed on until another takes its place."""
         self._live[slot] = False
 
-    def is_worth_shrinking(self, n_live: int) -> bool:
-        """Whether to leave out rows that have ended, when none waits. For a CPU each row is work; a
-        GPU has to learn new shapes.
+    def few(self, n_rows: int) -> float:
+        """The rows, of so many, for which it is worth leaving out the others. For a CPU each row is
+        work; a GPU has to learn new shapes.
         """
-        return n_live <= len(self._live) * (7 / 8 if device.ON_CPU else 1 / 2)
+        return n_rows * (7 / 8 if device.ON_CPU else 1 / 2)
 
     def keep(self, slots: list[int]) -> None:
         """Leave out all rows but these."""
@@ -230,7 +290,7 @@ def round_up(n: int) -> int:
 
 
 def runs(slots: list[int]) -> Iterator[tuple[slice, slice]]:
-    """Yield slots that follow each other, which ascend, as a slice, and their indices as another."""
+    """Yield ascending slots, those that follow each other as a slice, and their indices as one."""
     for _, run in groupby(enumerate(slots), key=lambda pair: pair[1] - pair[0]):
         (first, slot), *others = run
         n = len(others) + 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from parts import adapter_formats, adapters, chat, cli, schedules
 from parts.cli import did_you_mean
 from parts.files import decode_text
+from parts.prompt_file import read_prompts
 from parts.sampling import Sampling
 
 COUNT = cli.number(int, lambda n: 1 <= n <= sys.maxsize, "a whole number of at least 1")
@@ -123,6 +124,41 @@ def add_chat_template(add: Callable) -> None:
     )
 
 
+class BatchSize(argparse.Action):
+    """Store the batch size, and that it is also how many prompts are answered together."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: int,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.batch_size = namespace.rows = values
+
+
+def add_batch_size(add: Callable) -> None:
+    """Add the flag of the batch size. add: `add_argument` of its group."""
+    add(
+        "--batch-size",
+        type=COUNT,
+        action=BatchSize,
+        default=4,
+        help="sequences a step, on all ranks; with --prompts, prompts that are answered together "
+        "(then by default as many as fit)",
+    )
+
+
+def add_prompts_flag(add: Callable) -> None:
+    """Add the flag of many prompts. add: `add_argument` of its group."""
+    add(
+        "--prompts",
+        metavar="FILE",
+        help="answer each line of a file, a JSON object or text, to standard output as JSON; - "
+        "reads them",
+    )
+
+
 def add_sampling_flags(add: Callable) -> None:
     """Add the flags of generation that the documented example does not have.
 
@@ -181,8 +217,8 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     n_ranks: processes of this run. writes: whether this is the one that reads and writes files.
     Raises ValueError or FileNotFoundError.
     """
-    if not (args.train or args.test or args.prompt is not None or args.chat):
-        raise ValueError("nothing to do: give --train, --test, --prompt or --chat")
+    if not (args.train or args.test or args.chat or (args.prompt, args.prompts) != (None, None)):
+        raise ValueError("nothing to do: give --train, --test, --prompt, --prompts or --chat")
     if args.batch_size % n_ranks:
         raise ValueError(
             f"--batch-size {args.batch_size} is the batch of all {n_ranks} ranks: give a multiple"
@@ -193,13 +229,19 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         if sys.stdin is None:
             raise ValueError("--prompt - reads standard input, which is closed")
         args.prompt = decode_text(sys.stdin.buffer.read(), "--prompt")
-    if args.chat and args.prompt is None:
+    if args.chat and args.prompt is None and args.prompts is None:
         if n_ranks > 1:
             raise ValueError("--chat needs --prompt under a launcher, which passes no input on")
         if sys.stdin is None:
             raise ValueError("--chat reads standard input, which is closed: give --prompt")
     if args.chat and args.prompt is not None and not args.prompt.strip():
         raise ValueError("--prompt is empty: give the message of --chat, or no --prompt")
+    if args.prompts is not None:
+        if args.prompt is not None:
+            raise ValueError("--prompt and --prompts do not go together: give one of them")
+        if args.prompts == "-" and n_ranks > 1:
+            raise ValueError("--prompts - never ends under a launcher: give a file")
+        args.prompts = read_prompts(args.prompts)
     if args.prompt and not is_unicode(args.prompt):
         raise ValueError("--prompt is not valid UTF-8")
     if args.train and args.no_adapter:

@@ -329,7 +329,7 @@ def input_digests(args: argparse.Namespace, data: list[str | None]) -> dict[str,
     inputs = {
         f"--{name.replace('_', '-')}": digest(repr(value).encode())
         for name, value in vars(args).items()
-        if name not in ("data", "model", "adapter_file", "resume_adapter_file")
+        if name not in ("data", "model", "adapter_file", "resume_adapter_file", "prompts")
     }
     inputs["--resume-adapter-file"] = str(args.resume_adapter_file is not None)
     inputs["the data"] = digest(repr(data).encode())

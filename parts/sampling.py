@@ -77,6 +77,21 @@ class Sampler:
             histories[row] = ids
             self._recent = self._last_ids(histories)
 
+    def join(self, rows: list[int], other: "Sampler", width: int) -> None:
+        """Have the texts of another sampler in these rows. width: ids of the longest text."""
+        places = mx.array(rows)
+        self._keys[places] = other._keys
+        if self._recent is not None:
+            width = min(width, self.sampling.repetition_window or width)
+            self._recent = as_wide(self._recent, width)
+            self._recent[places] = as_wide(other._recent, width)
+
+    def keep(self, rows: list[int]) -> None:
+        """Forget all texts but these."""
+        self._keys = self._keys[mx.array(rows)]
+        if self._recent is not None:
+            self._recent = self._recent[mx.array(rows)]
+
     def _last_ids(self, histories: list[list[int]]) -> mx.array | None:
         """The ids that the penalty is for; None without one. A short text's first is repeated."""
         if self.sampling.repetition_penalty == 1:
@@ -84,6 +99,12 @@ class Sampler:
         width = self.sampling.repetition_window or max(map(len, histories))
         rows = [ids[-width:] for ids in histories]
         return mx.array(np.array([ids[:1] * (width - len(ids)) + ids for ids in rows], np.uint32))
+
+
+def as_wide(ids: mx.array, width: int) -> mx.array:
+    """The last `width` of each row's ids (B, W); the first is repeated where there are fewer."""
+    ids = ids[:, -width:]
+    return mx.concatenate([mx.repeat(ids[:, :1], width - ids.shape[1], axis=1), ids], axis=1)
 
 
 def new_keys(n: int) -> mx.array:
