@@ -58,8 +58,10 @@ def read_prompts(path: str) -> list[Prompt]:
 
 def is_object(line: str, place: str) -> bool:
     """Whether a line is a JSON object. Raises ValueError where it begins as JSON, but is none."""
-    begins = line.lstrip()
-    if begins.rstrip() == "[" or begins.startswith(("[{", '{"')):
+    begins = line.strip()
+    if begins == "[" or begins.startswith("[{"):
+        raise ValueError(f"{place} begins a JSON array: give one object a line")
+    if begins.startswith('{"'):
         return isinstance(parse_object(line.encode(), place), dict)
     try:
         return isinstance(json.loads(line), dict)
