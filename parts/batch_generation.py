@@ -11,7 +11,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from parts import chat, device  # before MLX
-from parts.decoder_batch import generate_rows
+from parts.continuous_batching import generate_rows
 from parts.flags import sampling_of
 from parts.prompt_file import Prompt, answered
 from parts.records import Chat

@@ -1,4 +1,4 @@
-"""Generate text for many prompts at once: a row of a batch for each, and others when rows end.
+"""Decode many texts at once, token by token: a row of a batch for each.
 
          first               end
 row 0    . . . p p p p a a a a       p  of a prompt
@@ -8,167 +8,29 @@ row 2    . . . . . . . . p p p       .  padding, which is masked: row 2 has just
 All rows have their newest token in the same column, so that a new one is written in one piece and
 no row is copied while it grows. A row begins at a column of its own. The rotary position of a token
 is its column: attention sees no more than how far two positions are apart.
-
-Continuous batching: Yu et al., "Orca: A Distributed Serving System for Transformer-Based Generative
-Models", 2022.
 """
 
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 
-from parts import device, ops, ops_cpu
+from parts import device, nvrtc, ops, ops_cpu
 from parts.decoder import PREFETCH, PREFILL_STEP, after_attention, before_attention
 from parts.merged_linear import MergedLinear
+from parts.ops_cuda import float_bits
 from parts.rope import Rope, amplitude
-from parts.sampling import GREEDY, Sampler, Sampling, new_keys
 
 import mlx.core as mx
 import mlx.nn as nn
 
 ROOM = 256  # columns by which the cache grows
 SAME_SHAPE = 64  # a GPU attends to a multiple of so many columns: each shape costs it time once
-FAR = (
-    8192  # positions after which they are counted from 0 again, since float32 makes angles of them
-)
-REFILL = 8  # rows are replaced when one of so many has ended: each time the weights are read again
-
-
-class Row(Protocol):
-    """A prompt and what becomes of its answer."""
-
-    prompt_ids: list[int]
-    ids: list[int]  # of the answer so far
-
-    def left(self) -> int:
-        """Return how many more tokens it takes at most."""
-
-    def add(self, token: int) -> bool:
-        """Take the next token. Return whether the answer has ended."""
-
-
-def generate_rows(
-    model: nn.Module,
-    rows: list[Row],
-    n_slots: int,
-    sampling: Sampling = GREEDY,
-    vocab_size: int | None = None,
-) -> Iterator[Row]:
-    """Answer the rows, up to `n_slots` at a time, beginning with the first; yield each when it has
-    ended. The random numbers of each are its own, whatever `n_slots` is.
-
-    vocab_size: only so many of the first ids are sampled, by default all. Raises FloatingPointError
-    where the first logits are not finite.
-    """
-    model.eval()
-    n_slots = min(n_slots, len(rows))
-    waiting = deque(zip(rows, new_keys(len(rows)), strict=True))
-    batch = Batch(model, n_slots, max(len(row.prompt_ids) for row in rows), sampling, vocab_size)
-    while waiting or batch.n_live:
-        # Give free slots to waiting rows, or with none waiting, have no slots for those that ended.
-        n_free = len(batch.slots) - batch.n_live
-        if waiting and (n_free * REFILL >= len(batch.slots) or not batch.n_live):
-            batch.fill([waiting.popleft() for _ in range(min(n_free, len(waiting)))])
-        elif not waiting:
-            batch.shrink()
-        # Queue the tokens after the newest, then look at these.
-        newest, holders = batch.tokens, list(batch.slots)
-        if any(row is not None and row.left() > 1 for row in holders):
-            batch.step()
-        for slot, (row, token) in enumerate(zip(holders, newest.tolist(), strict=True)):
-            if row is not None and row.add(token):
-                batch.release(slot)
-                yield row
-
-
-class Batch:
-    """The rows that are answered together, each in a slot, and their newest tokens."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        n_slots: int,
-        longest: int,
-        sampling: Sampling,
-        vocab_size: int | None,
-    ):
-        self.slots: list[Row | None] = [None] * n_slots
-        self.tokens = mx.zeros(n_slots, mx.int32)
-        self._decoder = BatchDecoder(model, n_slots, longest)
-        self._sampling, self._vocab_size = sampling, vocab_size
-        self._sampler = Sampler(sampling, [[0]] * n_slots)
-        self._checked = False  # whether logits are finite
-
-    @property
-    def n_live(self) -> int:
-        """The rows whose answers have not ended."""
-        return sum(row is not None for row in self.slots)
-
-    def fill(self, new: list[tuple[Row, mx.array]]) -> None:
-        """Put rows into free slots, each with the key of its random numbers, and queue their first
-        tokens.
-        """
-        free = [slot for slot, row in enumerate(self.slots) if row is None]
-        new = sorted(new, key=lambda pair: len(pair[0].prompt_ids))
-        first = 0
-        for size in group_sizes([len(row.prompt_ids) for row, _ in new]):
-            rows, keys = zip(*new[first : first + size], strict=True)
-            places = free[first : first + size]
-            prompts = [row.prompt_ids for row in rows]
-            logits = self._used(self._decoder.prefill(places, prompts))
-            if not self._checked and not mx.isfinite(logits).all():
-                raise FloatingPointError("the model's logits are not finite: give another --dtype")
-            self._checked = True
-            for slot, row in zip(places, rows, strict=True):
-                self.slots[slot] = row
-            sampler = Sampler(self._sampling, prompts, mx.stack(keys))
-            self.tokens[mx.array(places)] = sampler(logits).astype(mx.int32)
-            self._sampler.join(places, sampler, self._longest_text())
-            first += size
-        mx.async_eval(self.tokens)
-
-    def step(self) -> None:
-        """Queue the next token of each slot."""
-        logits = self._used(self._decoder(self.tokens))
-        self.tokens = self._sampler(logits).astype(mx.int32)
-        mx.async_eval(self.tokens)
-
-    def release(self, slot: int) -> None:
-        """The row of a slot has ended."""
-        self.slots[slot] = None
-        self._decoder.release(slot)
-
-    def shrink(self) -> None:
-        """Have no slots for rows that have ended, if that is worth it."""
-        if not 0 < self.n_live <= self._decoder.few(len(self.slots)):
-            return
-        kept = [slot for slot, row in enumerate(self.slots) if row is not None]
-        self._decoder.keep(kept)
-        self._sampler.keep(kept)
-        self.slots = [self.slots[slot] for slot in kept]
-        self.tokens = self.tokens[mx.array(kept)]
-
-    def _used(self, logits: mx.array) -> mx.array:
-        return logits[:, : self._vocab_size].astype(mx.float32)
-
-    def _longest_text(self) -> int:
-        """The tokens of the longest text, with the one that is queued."""
-        return 1 + max(len(r.prompt_ids) + len(r.ids) for r in self.slots if r is not None)
-
-
-def group_sizes(lengths: list[int]) -> Iterator[int]:
-    """Yield how many prompts, of these ascending lengths, go through the model together."""
-    n = 0
-    for length in lengths:
-        if n and (n + 1) * length > PREFILL_STEP:
-            yield n
-            n = 0
-        n += 1
-    if n:
-        yield n
+FAR = 8192  # positions after which they are counted from 0 again: angles are made in float32
+KERNEL_THREADS = 128  # of a block of decoder_batch.cu
 
 
 class BatchDecoder:
@@ -183,6 +45,7 @@ class BatchDecoder:
         size = n_rows, self._end + ROOM
         self._caches = [[self._blank(*size), self._blank(*size)] for _ in model.layers]
         self._output = MergedLinear(model.output_layer)
+        self._kernel = attention_kernel(model)
         self._pieces = [
             (device.compiled(before_attention(layer)), device.compiled(after_attention(layer)))
             for layer in model.layers
@@ -195,15 +58,14 @@ class BatchDecoder:
         place, position = slice(self._end, self._end + 1), self._end + self._shift
         position = position if device.ON_CPU else mx.array(position)  # a number is compiled again
         self._end += 1
-        seen, mask = self._seen()
+        attend_to = self._kernel_attention() if self._kernel else self._masked_attention()
         x = self._model.tok_embeddings(tokens[:, None])
         layers = zip(self._model.layers, self._pieces, self._caches, strict=True)
         for layer, (before, after), cache in layers:
             queries, *new = before(x, position)
             for i, values in enumerate(new):
                 cache[i][:, :, place] = values
-            keys, values = (array[:, :, seen] for array in cache)
-            x = after(x, attend(queries, keys, values, layer.attention.scale, mask))
+            x = after(x, attend_to(queries, *cache, layer.attention.scale))
         return self._output(self._model.norm(x))[:, -1]
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> mx.array:
@@ -231,7 +93,7 @@ class BatchDecoder:
 
     def release(self, slot: int) -> None:
         """The row of a slot has ended. It is computed on until another takes its place."""
-        self._live[slot] = False
+        self._live[slot], self._starts[slot] = False, self._end - 1
 
     def few(self, n_rows: int) -> float:
         """The rows, of so many, for which it is worth leaving out the others. For a CPU each row is
@@ -254,18 +116,36 @@ class BatchDecoder:
         first = int(self._starts[self._live].min(initial=self._end))
         return first if self._window is None else max(first, self._end - self._window)
 
-    def _seen(self) -> tuple[slice, mx.array | None]:
-        """Return the columns that the newest tokens attend to, and a mask of those before each."""
+    def _masked_attention(self) -> Callable:
+        """Return a function of queries, all keys and values, and the scale, for the newest tokens.
+
+        It takes the columns that some row sees, and masks those before each row.
+        """
         first = self._first()
         if not device.ON_CPU:
             first = max(0, self._end - round_up(self._end - first))
-        starts = self._starts
-        if self._window is not None:
-            starts = np.maximum(starts, self._end - self._window)
-        if starts[self._live].max(initial=0) <= first:
-            return slice(first, self._end), None
-        visible = mx.arange(first, self._end) >= mx.array(starts)[:, None]
-        return slice(first, self._end), as_mask(visible[:, None, None], self._model)
+        starts, mask = self._seen_starts(), None
+        if starts[self._live].max(initial=0) > first:
+            visible = mx.arange(first, self._end) >= mx.array(starts)[:, None]
+            mask = as_mask(visible[:, None, None], self._model)
+
+        def attention(queries: mx.array, *caches: mx.array) -> mx.array:
+            *arrays, scale = caches
+            keys, values = (array[:, :, first : self._end] for array in arrays)
+            return attend(queries, keys, values, scale, mask)
+
+        return attention
+
+    def _kernel_attention(self) -> Callable:
+        """Return what `_masked_attention` does, with CUDA's kernel: each row takes its columns."""
+        starts = mx.array(self._seen_starts())
+        return partial(rows_attention, self._kernel, starts, self._end)
+
+    def _seen_starts(self) -> np.ndarray:
+        """The first column that each row sees."""
+        if self._window is None:
+            return self._starts
+        return np.maximum(self._starts, self._end - self._window)
 
     def _move(self) -> None:
         """Make room for more columns: drop those that no row sees any more."""
@@ -306,6 +186,45 @@ def rotated_back(keys: mx.array, n: int, rope: Rope) -> mx.array:
 
 # -------------------------------------------------------------------------------------------------
 # Attention
+
+
+def attention_kernel(model: nn.Module) -> bytes | None:
+    """The code of decoder_batch.cu for this model; None where CUDA is not the device, or does not
+    compile it.
+    """
+    if not device.has_cuda():
+        return None
+    args, number = model.args, nvrtc.NUMBER[model.norm.weight.dtype]
+    group = args.n_heads // args.n_kv_heads
+    constants = ("Number", number), ("HEAD_DIM", args.head_dim), ("GROUP", group)
+    return nvrtc.compile_kernels(nvrtc.read_source("decoder_batch.cu"), constants)
+
+
+def rows_attention(
+    kernel: bytes,
+    starts: mx.array,
+    end: int,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+) -> mx.array:
+    """Attention of queries (B, H, 1, head_dim) to the columns of keys and values (B, K, capacity,
+    head_dim) from those in starts (B,), int32, to before `end`. Returns the queries' shape.
+    """
+    n_rows, n_kv_heads, capacity, _ = keys.shape
+    (output,) = mx.fast.precompiled_cuda_kernel(
+        name="rows_attention",
+        compiled_source=kernel,
+        inputs=[queries, keys, values, starts],
+        output_shapes=[queries.shape],
+        output_dtypes=[queries.dtype],
+        scalars=[n_kv_heads, capacity, end, float_bits(scale * math.log2(math.e))],
+        grid=(n_rows * n_kv_heads * KERNEL_THREADS, 1, 1),
+        threadgroup=(KERNEL_THREADS, 1, 1),
+        ensure_row_contiguous=True,
+    )
+    return output
 
 
 def prompt_mask(start: int, end: int, pads: np.ndarray, window: int | None) -> mx.array:

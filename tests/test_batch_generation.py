@@ -12,7 +12,7 @@ from conftest import QUICK, ROOT, call_script, write_quick_model
 from parts import decoder_batch, device  # before MLX, for its BLAS
 from parts.batch_generation import AnswerRow, rows_that_fit
 from parts.decoder import generate_step
-from parts.decoder_batch import generate_rows
+from parts.continuous_batching import generate_rows
 from parts.prompt_file import read_prompts
 from parts.sampling import Sampling
 
