@@ -3,6 +3,7 @@
 python lora.py --model mlx_model --data mlx-doc-data --train --iters 600
 python lora.py --model mlx_model --data mlx-doc-data --test
 python lora.py --model mlx_model --prompt "Q: What is ReLU in mlx?"
+python lora.py --model mlx_model --prompts questions.jsonl > answers.jsonl
 cat question.txt | python lora.py --model mlx_model --prompt -
 python lora.py --model mlx_model --chat
 
@@ -78,6 +79,7 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of this script's flags, each documented next to its default."""
     parser = cli.Parser(__doc__)
+    parser.set_defaults(rows=None)  # of a batch of prompts, which --batch-size sets
     add = parser.add_argument_group("what to do (at least one)").add_argument
     add("--train", action="store_true", help="train adapters")
     add("--test", action="store_true", help="compute the loss on the test set")

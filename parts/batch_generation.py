@@ -4,18 +4,22 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TextIO
 
 from tqdm import tqdm
 
-from parts import chat, device  # before MLX
+from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts.answers import ready_to_answer, warn_of_length
+from parts.chat import ChatTemplate, end_of_turn, load_template
+from parts.cli import warn
 from parts.continuous_batching import generate_rows
 from parts.flags import sampling_of
 from parts.prompt_file import Prompt, answered
 from parts.records import Chat
 from parts.stop_text import until_stop
+from parts.token_rows import special_token_warning
 from parts.tokenizers import Tokenizer, stream_text
 
 import mlx.core as mx
@@ -27,25 +31,30 @@ STOP_SLACK = 8  # tokens looked at for a stop text, besides as many as it has by
 
 
 class AnswerRow:
-    """The tokens of a prompt, and those that follow: up to `n_tokens`, or one that ends a text, or
-    where the text has one of `stops`.
+    """The tokens of a prompt, and those that follow: up to `n_tokens`, or one of `ends`, or where
+    the text has one of `stops`.
     """
 
     def __init__(
-        self, prompt_ids: list[int], tokenizer: Tokenizer, n_tokens: int, stops: Sequence[str] = ()
+        self,
+        prompt_ids: list[int],
+        tokenizer: Tokenizer,
+        n_tokens: int,
+        ends: Collection[int],
+        stops: Sequence[str] = (),
     ):
         self.prompt_ids, self.ids = prompt_ids, []
         self.reason = "length"  # why it has ended; or "stop"
-        self._tokenizer, self._n_tokens, self._stops = tokenizer, n_tokens, stops
+        self._tokenizer, self._n_tokens, self._ends, self._stops = tokenizer, n_tokens, ends, stops
         self._n_tail = max((len(stop.encode()) for stop in stops), default=0) + STOP_SLACK
 
     def left(self) -> int:
-        """Return how many tokens it takes at most."""
+        """Return how many more tokens it takes at most."""
         return self._n_tokens - len(self.ids)
 
     def add(self, token: int) -> bool:
         """Take the next token. Return whether the answer has ended."""
-        if token in self._tokenizer.eos_ids:
+        if token in self._ends:
             self.reason = "stop"
             return True
         self.ids.append(token)
@@ -85,27 +94,23 @@ def answer_prompts(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namesp
     """Write an answer to each of `args.prompts` to standard output, in their order and as soon as
     that allows, and how fast that was to standard error.
     """
-    device.open_streams(1)  # after training, all cores for one product again
-    mx.reset_peak_memory()
-    rows = encode_prompts(args.prompts, tokenizer, getattr(args, "chat", False), args.chat_template)
-    answers = [AnswerRow(ids, tokenizer, args.num_tokens, args.stop) for ids in rows]
-    n_rows = getattr(args, "rows", None) or rows_that_fit(
-        model, max(map(len, rows)) + args.num_tokens
-    )
-    done, n_written, start = set(), 0, time.perf_counter()
-    ended = generate_rows(model, answers, n_rows, sampling_of(args), tokenizer.vocab_size)
-    bar = tqdm(ended, "Answering", len(answers), leave=False, disable=None)
-    with device.wired():
-        for answer in bar:
-            done.add(id(answer))
-            while n_written < len(answers) and id(answers[n_written]) in done:
-                write(args.output, args.prompts[n_written], answers[n_written])
+    rows = make_rows(args.prompts, tokenizer, args)
+    longest = max(len(row.prompt_ids) for row in rows)
+    warn_of_length(longest, model)
+    n_together = args.rows or rows_that_fit(model, longest + args.num_tokens)
+    ended, n_written, start = set(), 0, time.perf_counter()
+    with ready_to_answer():
+        answers = generate_rows(model, rows, n_together, sampling_of(args), tokenizer.vocab_size)
+        for row in tqdm(answers, "Answering", len(rows), leave=False, disable=None):
+            ended.add(row)
+            while n_written < len(rows) and rows[n_written] in ended:
+                write(args.output, args.prompts[n_written], rows[n_written])
                 n_written += 1
     seconds = time.perf_counter() - start
-    n_tokens = sum(len(answer.ids) for answer in answers)
+    n_asked, n_made = sum(len(row.prompt_ids) for row in rows), sum(len(row.ids) for row in rows)
     print(
-        f"{len(answers)} prompts: {sum(map(len, rows))} tokens; generation: {n_tokens} tokens, "
-        f"{n_tokens / seconds:.3f} tokens/sec; peak memory {mx.get_peak_memory() / 1e9:.3f} GB",
+        f"{len(rows)} prompts: {n_asked} tokens; generation: {n_made} tokens, "
+        f"{n_made / seconds:.3f} tokens/sec; peak memory {mx.get_peak_memory() / 1e9:.3f} GB",
         file=sys.stderr,
     )
 
@@ -128,27 +133,42 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
     return max(1, min(MAX_ROWS, weights // n_bytes))
 
 
-def encode_prompts(
-    prompts: list[Prompt], tokenizer: Tokenizer, as_chats: bool, template: str | None
-) -> list[list[int]]:
-    """Return the token ids of each prompt. as_chats: whether a text is a user's message. template:
-    see `chat.load_template`. Raises ValueError, which names file and line.
+def make_rows(
+    prompts: list[Prompt], tokenizer: Tokenizer, args: argparse.Namespace
+) -> list[AnswerRow]:
+    """Return the row of each prompt; with `--chat`, a text is a user's message. Raises ValueError,
+    which names file and line.
     """
-    renderer, rows = None, []
+    rows, ends, stops, template = [], tokenizer.eos_ids, args.stop, None
     for prompt in prompts:
         content = prompt.content
-        if as_chats and not isinstance(content, Chat):
+        if args.chat and not isinstance(content, Chat):
             content = Chat([{"role": "user", "content": content}], None)
-        if isinstance(content, Chat):
-            renderer = renderer or chat.load_template(template, tokenizer.path.parent, tokenizer)
-            try:
-                text = renderer.render(content, add_generation_prompt=True).text
-            except ValueError as error:
-                raise ValueError(f"{prompt.place}: {error}") from error
-            ids = tokenizer.encode(text, bos=False, special_tokens=True)
-        else:
-            ids = tokenizer.encode(content)
+        if isinstance(content, Chat) and template is None:
+            template = load_template(args.chat_template, tokenizer.path.parent, tokenizer)
+            turn_ends, turn_stops = end_of_turn(template, tokenizer)
+            ends, stops = ends | turn_ends, [*stops, *turn_stops]
+        try:
+            ids = prompt_ids(content, tokenizer, template)
+        except ValueError as error:
+            raise ValueError(f"{prompt.place}: {error}") from error
         if not ids:
             raise ValueError(f"{prompt.place} is empty, and no token begins this model's texts")
-        rows.append(ids)
+        rows.append(AnswerRow(ids, tokenizer, args.num_tokens, ends, stops))
+    texts = [
+        (p.content, p.place) for p in prompts if not (args.chat or isinstance(p.content, Chat))
+    ]
+    warning = special_token_warning(texts, tokenizer)
+    if warning:
+        warn(warning)
     return rows
+
+
+def prompt_ids(
+    content: str | Chat, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[int]:
+    """Return the token ids of a text, or of a chat up to where its answer begins."""
+    if not isinstance(content, Chat):
+        return tokenizer.encode(content)
+    text = template.render(content, add_generation_prompt=True).text
+    return tokenizer.encode(text, bos=False, special_tokens=True)

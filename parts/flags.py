@@ -239,6 +239,8 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
     if args.prompts is not None:
         if args.prompt is not None:
             raise ValueError("--prompt and --prompts do not go together: give one of them")
+        if args.max_kv_size is not None:
+            raise ValueError("--max-kv-size is for --prompt and --chat: leave it out")
         if args.prompts == "-" and n_ranks > 1:
             raise ValueError("--prompts - never ends under a launcher: give a file")
         args.prompts = read_prompts(args.prompts)

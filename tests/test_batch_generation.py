@@ -273,7 +273,7 @@ def test_chats_go_through_the_template_and_come_back_with_the_answer(tiny_model,
     rendered = "<|im_start|>user\nApplies<|im_end|>\n<|im_start|>assistant\n"
     _, tokenizer = lora.load_model(tiny_model)
     ids = tokenizer.encode(rendered, bos=False, special_tokens=True)
-    row = AnswerRow(ids, tokenizer, 5)
+    row = AnswerRow(ids, tokenizer, 5, tokenizer.eos_ids)
     list(generate_rows(lora.load_model(tiny_model)[0], [row], 1))
     reply = {"role": "assistant", "content": row.text()}
     assert record == {"messages": [*messages, reply], "finish_reason": "length"}

@@ -14,10 +14,8 @@ import math
 import re
 import sys
 import tempfile
-from itertools import groupby
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,10 +24,10 @@ sys.path.insert(0, str(ROOT))
 import lora  # noqa: E402  from the repository's root
 from models import Model  # noqa: E402
 from parts import device  # noqa: E402
+from parts.batch_generation import MAX_ROWS, AnswerRow  # noqa: E402
+from parts.continuous_batching import generate_rows  # noqa: E402
 
-import mlx.core as mx  # noqa: E402
 
-TOGETHER = 64  # questions that are answered at once
 SPLITS = ("train", "test")
 
 
@@ -65,31 +63,14 @@ def answer(
     model: Model, tokenizer: lora.Tokenizer, prompts: list[str], n_tokens: int
 ) -> list[tuple[str, bool]]:
     """What the model says after each prompt, greedy, and whether it ended by itself."""
-    encoded = sorted(
-        ((tokenizer.encode(p), i) for i, p in enumerate(prompts)), key=lambda e: len(e[0])
-    )
-    answers = {}
-    bar = tqdm(total=len(prompts), desc="Asking", leave=False, disable=None)
-    for _, group in groupby(encoded, key=lambda e: len(e[0])):
-        group = list(group)
-        for start in range(0, len(group), TOGETHER):
-            part = group[start : start + TOGETHER]
-            ids, cache, made = mx.array([ids for ids, _ in part]), None, []
-            ended = np.zeros(len(part), bool)
-            while len(made) < n_tokens and not ended.all():
-                logits, cache = model(ids, cache)
-                ids = logits[:, -1].argmax(-1)[:, None]
-                made.append(np.array(ids)[:, 0].tolist())
-                ended |= np.array(made[-1]) == tokenizer.eos_id
-            for (prompt_ids, i), row in zip(part, zip(*made, strict=True), strict=True):
-                row = list(row)
-                ends = tokenizer.eos_id in row
-                row = row[: row.index(tokenizer.eos_id)] if ends else row
-                whole, before = tokenizer.decode(prompt_ids + row), tokenizer.decode(prompt_ids)
-                answers[i] = whole[len(before) :], ends
-            bar.update(len(part))
-    bar.close()
-    return [answers[i] for i in range(len(prompts))]
+    rows = [
+        AnswerRow(tokenizer.encode(prompt), tokenizer, n_tokens, tokenizer.eos_ids)
+        for prompt in prompts
+    ]
+    answers = generate_rows(model, rows, MAX_ROWS, vocab_size=tokenizer.vocab_size)
+    for _ in tqdm(answers, "Asking", len(rows), leave=False, disable=None):
+        pass
+    return [(row.text(), row.reason == "stop") for row in rows]
 
 
 def main() -> None:
