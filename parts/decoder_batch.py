@@ -10,18 +10,16 @@ no row is copied while it grows. A row begins at a column of its own. The rotary
 is its column: attention sees no more than how far two positions are apart.
 """
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import groupby
 
 import numpy as np
 
-from parts import device, nvrtc, ops, ops_cpu
+from parts import device, ops, ops_cpu
 from parts.decoder import PREFETCH, PREFILL_STEP, after_attention, before_attention
+from parts.decoder_batch_cuda import kernel_layers
 from parts.merged_linear import MergedLinear
-from parts.ops_cuda import float_bits
 from parts.rope import Rope, amplitude
 
 import mlx.core as mx
@@ -30,7 +28,6 @@ import mlx.nn as nn
 ROOM = 256  # columns by which the cache grows
 SAME_SHAPE = 64  # a GPU attends to a multiple of so many columns: each shape costs it time once
 FAR = 8192  # positions after which they are counted from 0 again: angles are made in float32
-KERNEL_THREADS = 128  # of a block of decoder_batch.cu
 
 
 class BatchDecoder:
@@ -45,25 +42,37 @@ class BatchDecoder:
         size = n_rows, self._end + ROOM
         self._caches = [[self._blank(*size), self._blank(*size)] for _ in model.layers]
         self._output = MergedLinear(model.output_layer)
-        self._kernel = attention_kernel(model)
-        self._pieces = [pieces_of(layer) for layer in model.layers]
+        self._run_layers = kernel_layers(model)
+        self._pieces = [] if self._run_layers else [pieces_of(layer) for layer in model.layers]
+        self._last = self._caches  # with it all is computed that writes into caches in place
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the logits (B, V) after `tokens` (B), the newest of each row."""
         if self._end == self._caches[0][0].shape[2]:
             self._move()
-        place, position = slice(self._end, self._end + 1), self._end + self._shift
-        position = position if device.ON_CPU else mx.array(position)  # a number is compiled again
+        column, position = self._end, self._end + self._shift
         self._end += 1
-        attend_to = self._kernel_attention() if self._kernel else self._masked_attention()
         x = self._model.tok_embeddings(tokens[:, None])
+        if self._run_layers is None:
+            x = self._separate_layers(x, position, column)
+        else:
+            # Arrays of 8 bytes lie in memory that MLX shares with the processor.
+            places = mx.array([position, column]), mx.array(self._seen_starts())
+            x = self._run_layers(x, *places, self._caches)
+        self._last = x
+        return self._output(self._model.norm(x))[:, -1]
+
+    def _separate_layers(self, x: mx.array, position: int, column: int) -> mx.array:
+        """What the layers make of x (B, 1, D), whose keys and values go into a column."""
+        position = position if device.ON_CPU else mx.array(position)  # a number is compiled again
+        attend_to, place = self._masked_attention(), slice(column, column + 1)
         layers = zip(self._model.layers, self._pieces, self._caches, strict=True)
         for layer, (before, after), cache in layers:
             queries, *new = before(x, position)
             for i, values in enumerate(new):
                 cache[i][:, :, place] = values
             x = after(x, attend_to(queries, *cache, layer.attention.scale))
-        return self._output(self._model.norm(x))[:, -1]
+        return x
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> mx.array:
         """Put prompts into these slots, and return the logits (n, V) after each."""
@@ -80,6 +89,7 @@ class BatchDecoder:
             position = self._end + self._shift - n + start
             x = prefill_piece(self._model, tokens[:, start:end], position, mask, caches)
         # Put keys and values to their places.
+        mx.eval(self._last)
         place = slice(self._end - n, self._end)
         for cache, new in zip(self._caches, caches, strict=True):
             for i, values in enumerate(new):
@@ -100,6 +110,7 @@ class BatchDecoder:
 
     def keep(self, slots: list[int]) -> None:
         """Leave out all rows but these."""
+        mx.eval(self._last)
         chosen = mx.array(slots)
         self._caches = [[array[chosen] for array in cache] for cache in self._caches]
         self._starts, self._live = self._starts[slots], self._live[slots]
@@ -133,11 +144,6 @@ class BatchDecoder:
 
         return attention
 
-    def _kernel_attention(self) -> Callable:
-        """Return what `_masked_attention` does, with CUDA's kernel: each row takes its columns."""
-        starts = mx.array(self._seen_starts())
-        return partial(rows_attention, self._kernel, starts, self._end)
-
     def _seen_starts(self) -> np.ndarray:
         """The first column that each row sees."""
         if self._window is None:
@@ -146,6 +152,7 @@ class BatchDecoder:
 
     def _move(self) -> None:
         """Make room for more columns: drop those that no row sees any more."""
+        mx.eval(self._last)
         first, n_rows = self._first(), len(self._live)
         end = max(self._least_end, round_up(self._end - first))
         front = self._blank(n_rows, end - (self._end - first))
@@ -213,45 +220,6 @@ def rotated_back(keys: mx.array, n: int, rope: Rope) -> mx.array:
 
 # -------------------------------------------------------------------------------------------------
 # Attention
-
-
-def attention_kernel(model: nn.Module) -> bytes | None:
-    """The code of decoder_batch.cu for this model; None where CUDA is not the device, or does not
-    compile it.
-    """
-    if not device.has_cuda():
-        return None
-    args, number = model.args, nvrtc.NUMBER[model.norm.weight.dtype]
-    group = args.n_heads // args.n_kv_heads
-    constants = ("Number", number), ("HEAD_DIM", args.head_dim), ("GROUP", group)
-    return nvrtc.compile_kernels(nvrtc.read_source("decoder_batch.cu"), constants)
-
-
-def rows_attention(
-    kernel: bytes,
-    starts: mx.array,
-    end: int,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    scale: float,
-) -> mx.array:
-    """Attention of queries (B, H, 1, head_dim) to the columns of keys and values (B, K, capacity,
-    head_dim) from those in starts (B,), int32, to before `end`. Returns the queries' shape.
-    """
-    n_rows, n_kv_heads, capacity, _ = keys.shape
-    (output,) = mx.fast.precompiled_cuda_kernel(
-        name="rows_attention",
-        compiled_source=kernel,
-        inputs=[queries, keys, values, starts],
-        output_shapes=[queries.shape],
-        output_dtypes=[queries.dtype],
-        scalars=[n_kv_heads, capacity, end, float_bits(scale * math.log2(math.e))],
-        grid=(n_rows * n_kv_heads * KERNEL_THREADS, 1, 1),
-        threadgroup=(KERNEL_THREADS, 1, 1),
-        ensure_row_contiguous=True,
-    )
-    return output
 
 
 def prompt_mask(start: int, end: int, pads: np.ndarray, window: int | None) -> mx.array:
