@@ -119,7 +119,8 @@ def write(output: TextIO, prompt: Prompt, answer: AnswerRow) -> None:
     """Print the line of an answer."""
     is_unicode = (output.encoding or "").lower().startswith("utf")
     record = answered(prompt, answer.text(), answer.reason)
-    print(json.dumps(record, ensure_ascii=not is_unicode), file=output, flush=True)
+    tqdm.write(json.dumps(record, ensure_ascii=not is_unicode), file=output)  # past the bar
+    output.flush()
 
 
 def rows_that_fit(model: nn.Module, length: int) -> int:

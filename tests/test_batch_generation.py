@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 from itertools import islice
@@ -51,8 +52,8 @@ class Row:
 def both_ways(request, monkeypatch):
     """The device as it is, and in the way of a GPU that has no kernels of ours."""
     if request.param != "here":
-        if not device.ON_CPU:
-            pytest.skip("this is a GPU")
+        if not (device.ON_CPU and shutil.which("g++")):
+            pytest.skip("this is a GPU, or has no compiler for a CPU in its place")
         monkeypatch.setattr(device, "ON_CPU", False)
     monkeypatch.setattr(decoder_batch, "ROOM", 8)  # so that columns move often
 
@@ -279,11 +280,13 @@ def test_chats_go_through_the_template_and_come_back_with_the_answer(tiny_model,
     assert record == {"messages": [*messages, reply], "finish_reason": "length"}
 
 
-def test_a_reader_that_leaves_ends_the_run(tiny_model, tmp_path):
-    (tmp_path / "p.txt").write_text("Applies\n" * 400)
+def test_prompts_come_from_a_pipe_and_a_reader_that_leaves_ends_the_run(tiny_model):
     command = [sys.executable, ROOT / "lora.py", "--model", tiny_model, "--no-adapter"]
-    command += ["--prompts", tmp_path / "p.txt", "-n", "200", "--batch-size", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    command += ["--prompts", "-", "-n", "200", "--batch-size", "1"]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, **pipes) as process:
+        process.stdin.write(b"Applies\n" * 400)
+        process.stdin.close()
         assert json.loads(process.stdout.readline())["prompt"] == "Applies"
         process.stdout.close()
         assert process.wait(timeout=60) == 1
@@ -295,6 +298,7 @@ def test_a_reader_that_leaves_ends_the_run(tiny_model, tmp_path):
     [
         (["--prompts", "-", "--prompt", "a"], "--prompt and --prompts do not go together"),
         (["--prompts", "none.jsonl"], "none.jsonl is no file"),
+        (["--prompts", "none.jsonl", "--max-kv-size", "99"], "--max-kv-size is for"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(tiny_model, flags, problem):
