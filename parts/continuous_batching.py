@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Protocol
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts.decoder import PREFILL_STEP
+from parts.decoder import prefill_step
 from parts.decoder_batch import BatchDecoder
 from parts.sampling import GREEDY, Sampler, Sampling, new_keys
 
@@ -79,6 +79,7 @@ class Batch:
     ):
         self.slots: list[Row | None] = [None] * n_slots
         self.tokens = mx.zeros(n_slots, mx.int32)
+        self._model = model
         self._decoder = BatchDecoder(model, n_slots, longest)
         self._sampling, self._vocab_size = sampling, vocab_size
         self._sampler = Sampler(sampling, [[0]] * n_slots)
@@ -96,7 +97,8 @@ class Batch:
         free = [slot for slot, row in enumerate(self.slots) if row is None]
         new = sorted(new, key=lambda pair: len(pair[0].prompt_ids))
         first = 0
-        for size in group_sizes([len(row.prompt_ids) for row, _ in new]):
+        lengths, n_tokens = [len(row.prompt_ids) for row, _ in new], prefill_step(self._model)
+        for size in group_sizes(lengths, n_tokens):
             rows, keys = zip(*new[first : first + size], strict=True)
             places = free[first : first + size]
             prompts = [row.prompt_ids for row in rows]
@@ -141,11 +143,13 @@ class Batch:
         return 1 + max(len(r.prompt_ids) + len(r.ids) for r in self.slots if r is not None)
 
 
-def group_sizes(lengths: list[int]) -> Iterator[int]:
-    """Yield how many prompts, of these ascending lengths, go through the model together."""
+def group_sizes(lengths: list[int], n_tokens: int) -> Iterator[int]:
+    """Yield how many prompts, of these ascending lengths, go through the model together: those that
+    have no more than `n_tokens` with their padding.
+    """
     n = 0
     for length in lengths:
-        if n and (n + 1) * length > PREFILL_STEP:
+        if n and (n + 1) * length > n_tokens:
             yield n
             n = 0
         n += 1

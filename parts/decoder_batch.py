@@ -17,7 +17,7 @@ from itertools import groupby
 import numpy as np
 
 from parts import device, ops, ops_cpu
-from parts.decoder import PREFETCH, PREFILL_STEP, after_attention, before_attention
+from parts.decoder import PREFETCH, after_attention, before_attention, prefill_step
 from parts.decoder_batch_cuda import kernel_layers
 from parts.merged_linear import MergedLinear
 from parts.rope import Rope, amplitude
@@ -82,7 +82,7 @@ class BatchDecoder:
         pads = np.array([n - len(ids) for ids in prompts])
         tokens = mx.array([[0] * (n - len(ids)) + ids for ids in prompts])
         # Run pieces of the prompts, padded on the left, through the layers.
-        caches, step = [None] * len(self._caches), max(1, PREFILL_STEP // len(prompts))
+        caches, step = [None] * len(self._caches), max(1, prefill_step(self._model) // len(prompts))
         for start in range(0, n, step):
             end = min(start + step, n)
             mask = as_mask(prompt_mask(start, end, pads, self._window), self._model)

@@ -8,13 +8,14 @@
 //   GROUP          query heads that share one of them
 //   HAS_HEAD_NORM  whether each head of queries and keys is normalised, with EPSILON
 //   AMPLITUDE      of the cosines and sines of RoPE
+//   THREADS        of a block
 //
 // A block computes the heads of a row that share a key-value head: each key and value is read once.
 // A warp's halves take columns in turns, of which each lane has PER channels, and keep a softmax of
 // their own (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018). In the end
 // they are merged in shared memory.
 
-constexpr int THREADS = 128, LANES = 16, HALVES = THREADS / LANES, PER = HEAD_DIM / LANES;
+constexpr int LANES = 16, HALVES = THREADS / LANES, PER = HEAD_DIM / LANES;
 constexpr int AT_ONCE = 4;  // columns of a half whose loads wait together
 constexpr float LOWEST = -1e30f;
 

@@ -28,6 +28,7 @@ def compiled_kernel(model: nn.Module) -> bytes | None:
         "HAS_HEAD_NORM": int(args.qk_norm),
         "EPSILON": float(args.norm_eps),
         "AMPLITUDE": amplitude(args.rope),
+        "THREADS": THREADS,
     }
     source = nvrtc.read_source("decoder_batch_cuda.cu")
     return nvrtc.compile_kernels(source, tuple(constants.items()))

@@ -10,7 +10,7 @@ from itertools import islice
 import pytest
 from conftest import QUICK, ROOT, call_script, write_quick_model
 
-from parts import decoder_batch, device  # before MLX, for its BLAS
+from parts import decoder, decoder_batch, device  # before MLX, for its BLAS
 from parts.batch_generation import AnswerRow, rows_that_fit
 from parts.decoder import generate_step
 from parts.continuous_batching import generate_rows
@@ -111,7 +111,7 @@ def test_positions_are_counted_from_0_again_after_many(models, monkeypatch):
 
 
 def test_a_long_prompt_goes_through_the_model_in_pieces(models, monkeypatch):
-    monkeypatch.setattr(decoder_batch, "PREFILL_STEP", 32)
+    monkeypatch.setattr(decoder, "PREFILL_STEP", 32)
     rows = make_rows(5, lengths=(40, 75), tokens=(4,))
     list(generate_rows(models["window"], rows, 5))
     assert [row.ids for row in rows] == [alone(models["window"], row) for row in rows]

@@ -19,6 +19,8 @@ from conftest import ROOT
 
 from parts import (
     decoder,
+    decoder_batch,
+    decoder_batch_cuda,
     decoder_cuda,
     device,
     joined_layers,
@@ -31,6 +33,7 @@ from parts import (
 )
 from parts.adapters import PROJECTIONS, to_vector
 from parts.decoder import Decoder, generate_step
+from parts.decoder_batch import BatchDecoder
 from parts.files import digest
 
 import mlx.core as mx
@@ -309,6 +312,7 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
     monkeypatch.setattr(device, "ON_CPU", False)
     monkeypatch.setattr(decoder_cuda, "THREADS", THREADS)
     monkeypatch.setattr(quantized_cuda, "THREADS", THREADS)
+    monkeypatch.setattr(decoder_batch_cuda, "THREADS", THREADS)
     monkeypatch.setattr(nvrtc, "compile_kernels", compile_with_gxx)
     attributes = {nvrtc.MULTIPROCESSORS: N_BLOCKS, nvrtc.MAX_SHARED_MEMORY: 100_000}
     monkeypatch.setattr(nvrtc, "attribute", attributes.get)
@@ -326,6 +330,7 @@ def emulated_cuda(monkeypatch, compiled_kernels) -> list[str]:
         "tensor_cores.cuh",
         "decoder_products.cuh",
         "decoder_cuda.cu",
+        "decoder_batch_cuda.cu",
         "quantized_cuda.cu",
     ],
 )
@@ -434,6 +439,42 @@ def test_the_kernel_gives_the_logits_of_the_model(
     tolerance *= mx.abs(expected).max().item()
     np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
     assert emulated_cuda == ["decoder_layer"] * 3 * ARGS.n_layers
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "bits", "adapted"),
+    [("llama", "float16", 16, True), ("mistral", "float32", 4, False), ("qwen3", "float32", 16, 1)],
+)
+def test_the_kernel_of_many_rows_gives_the_logits_of_the_model(
+    family, dtype, bits, adapted, emulated_cuda, monkeypatch
+):
+    options = {**FAMILIES[family], "n_heads": 4, "n_kv_heads": 2}
+    options["sliding_window"] = 7 if family == "mistral" else None
+    model = random_model(ModelArgs(**{**vars(ARGS), **options}), dtype, bits, adapted)
+    monkeypatch.setattr(decoder_batch, "ROOM", 4)  # columns move twice
+    texts = mx.random.randint(0, 50, (4, 19)).tolist()
+    decoder = BatchDecoder(model, 3, 9)
+    actual = list(decoder.prefill([0, 1, 2], [texts[0][:9], texts[1][:1], texts[2][:4]]))
+    expected = [(0, 9), (1, 1), (2, 4)]
+    lengths, in_slots = [9, 1, 4, 8], [0, 1, 2]
+    for step in range(9):
+        if step == 5:  # another text in place of the second
+            decoder.release(1)
+            in_slots[1] = 3
+            actual += list(decoder.prefill([1], [texts[3][:8]]))
+            expected.append((3, 8))
+        actual += list(decoder(mx.array([texts[i][lengths[i]] for i in in_slots])))
+        for i in in_slots:
+            lengths[i] += 1
+            expected.append((i, lengths[i]))
+    mx.eval(actual)
+    assert emulated_cuda == ["rows_attention"] * 9 * ARGS.n_layers
+    model.set_dtype(mx.float32)
+    logits = model(mx.array(texts))[0]
+    expected = mx.stack([logits[i, n - 1] for i, n in expected])
+    tolerance = {"float32": 1e-5, "float16": 5e-3}[dtype] * mx.abs(expected).max().item()
+    actual = mx.stack(actual).astype(mx.float32)
+    np.testing.assert_allclose(actual, expected, atol=tolerance, rtol=0)
 
 
 def test_generating_takes_none_of_the_kernels_of_training(emulated_cuda):
