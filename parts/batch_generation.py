@@ -15,6 +15,7 @@ from parts.answers import ready_to_answer, warn_of_length
 from parts.chat import ChatTemplate, end_of_turn, load_template
 from parts.cli import warn
 from parts.continuous_batching import generate_rows
+from parts.decoder_batch import bytes_of_row
 from parts.flags import sampling_of
 from parts.prompt_file import Prompt, answered
 from parts.records import Chat
@@ -127,11 +128,8 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
     """Return how many texts of so many tokens are answered together: as many as `MAX_ROWS`, whose
     keys and values take no more memory than the weights.
     """
-    args = model.args
-    n_values = 2 * args.n_layers * args.n_kv_heads * args.head_dim * length
-    n_bytes = n_values * model.norm.weight.dtype.size
     weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))
-    return max(1, min(MAX_ROWS, weights // n_bytes))
+    return max(1, min(MAX_ROWS, weights // bytes_of_row(model, length)))
 
 
 def make_rows(

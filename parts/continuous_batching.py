@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Protocol
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 from parts.decoder import prefill_step
 from parts.decoder_batch import BatchDecoder
 from parts.sampling import GREEDY, Sampler, Sampling, new_keys
@@ -113,6 +113,7 @@ class Batch:
             self._sampler.join(places, sampler, self._longest_text())
             first += size
         mx.async_eval(self.tokens)
+        device.give_back_memory()  # of the prompts
 
     def step(self) -> None:
         """Queue the next token of each slot."""

@@ -25,7 +25,7 @@ from parts.rope import Rope, amplitude
 import mlx.core as mx
 import mlx.nn as nn
 
-ROOM = 256  # columns by which the cache grows
+ROOM = 128  # columns by which the cache grows
 SAME_SHAPE = 64  # a GPU attends to a multiple of so many columns: each shape costs it time once
 FAR = 8192  # positions after which they are counted from 0 again: angles are made in float32
 
@@ -196,6 +196,13 @@ def product_of_rows(layer: nn.Module) -> Callable:
     if n_outputs > n_inputs or "bias" in layer:
         return layer
     return lambda x: (layer.weight @ x[:, 0].T).T[:, None]
+
+
+def bytes_of_row(model: nn.Module, length: int) -> int:
+    """The bytes that keys and values of a text of up to so many tokens take at most."""
+    args, dtype = model.args, model.norm.weight.dtype
+    n_values = 2 * args.n_layers * args.n_kv_heads * args.head_dim
+    return n_values * (round_up(length) + ROOM) * dtype.size
 
 
 def round_up(n: int) -> int:
