@@ -12,12 +12,14 @@ is its column: attention sees no more than how far two positions are apart.
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import groupby
 
 import numpy as np
 
 from parts import device, ops, ops_cpu
 from parts.decoder import PREFETCH, after_attention, before_attention, prefill_step
+from parts.decoder_batch_cpu import cpu_layers
 from parts.decoder_batch_cuda import kernel_layers
 from parts.merged_linear import MergedLinear
 from parts.rope import Rope, amplitude
@@ -42,36 +44,57 @@ class BatchDecoder:
         size = n_rows, self._end + ROOM
         self._caches = [[self._blank(*size), self._blank(*size)] for _ in model.layers]
         self._output = MergedLinear(model.output_layer)
-        self._run_layers = kernel_layers(model)
-        self._pieces = [] if self._run_layers else [pieces_of(layer) for layer in model.layers]
         self._last = self._caches  # with it all is computed that writes into caches in place
+        self._run = self._way(model)
+
+    def _way(self, model: nn.Module) -> Callable:
+        """Return what computes the layers for x (B, 1, D) on this device."""
+        if device.ON_CPU:
+            return partial(self._on_cpu, cpu_layers(model))
+        run = kernel_layers(model)
+        if run:
+            return partial(self._by_kernels, run)
+        return partial(
+            self._separately,
+            [device.compiled(before_attention(layer)) for layer in model.layers],
+            [device.compiled(after_attention(layer)) for layer in model.layers],
+        )
 
     def __call__(self, tokens: mx.array) -> mx.array:
         """Return the logits (B, V) after `tokens` (B), the newest of each row."""
         if self._end == self._caches[0][0].shape[2]:
             self._move()
-        column, position = self._end, self._end + self._shift
         self._end += 1
-        x = self._model.tok_embeddings(tokens[:, None])
-        if self._run_layers is None:
-            x = self._separate_layers(x, position, column)
-        else:
-            # Arrays of 8 bytes lie in memory that MLX shares with the processor.
-            places = mx.array([position, column]), mx.array(self._seen_starts())
-            x = self._run_layers(x, *places, self._caches)
+        x = self._run(self._model.tok_embeddings(tokens[:, None]), self._end - 1 + self._shift)
         self._last = x
         return self._output(self._model.norm(x))[:, -1]
 
-    def _separate_layers(self, x: mx.array, position: int, column: int) -> mx.array:
-        """What the layers make of x (B, 1, D), whose keys and values go into a column."""
-        position = position if device.ON_CPU else mx.array(position)  # a number is compiled again
-        attend_to, place = self._masked_attention(), slice(column, column + 1)
-        layers = zip(self._model.layers, self._pieces, self._caches, strict=True)
-        for layer, (before, after), cache in layers:
+    def _on_cpu(self, run: Callable, x: mx.array, position: int) -> mx.array:
+        columns = slice(self._first(), self._end)
+        return run(x, position, columns, self._mask(columns), self._caches)
+
+    def _by_kernels(self, run: Callable, x: mx.array, position: int) -> mx.array:
+        # Arrays of 8 bytes lie in memory that MLX shares with the processor.
+        place = mx.array([position, self._end - 1])
+        return run(x, place, mx.array(self._seen_starts()), self._caches)
+
+    def _separately(
+        self, befores: list[Callable], afters: list[Callable], x: mx.array, position: int
+    ) -> mx.array:
+        # A multiple of columns, so that there are few shapes.
+        columns = slice(max(0, self._end - round_up(self._end - self._first())), self._end)
+        place, mask, position = (
+            slice(self._end - 1, self._end),
+            self._mask(columns),
+            mx.array(position),
+        )
+        layers = zip(self._model.layers, befores, afters, self._caches, strict=True)
+        for layer, before, after, cache in layers:
             queries, *new = before(x, position)
             for i, values in enumerate(new):
                 cache[i][:, :, place] = values
-            x = after(x, attend_to(queries, *cache, layer.attention.scale))
+            keys, values = (array[:, :, columns] for array in cache)
+            x = after(x, attend(queries, keys, values, layer.attention.scale, mask))
         return x
 
     def prefill(self, slots: list[int], prompts: list[list[int]]) -> mx.array:
@@ -124,25 +147,13 @@ class BatchDecoder:
         first = int(self._starts[self._live].min(initial=self._end))
         return first if self._window is None else max(first, self._end - self._window)
 
-    def _masked_attention(self) -> Callable:
-        """Return a function of queries, all keys and values, and the scale, for the newest tokens.
-
-        It takes the columns that some row sees, and masks those before each row.
-        """
-        first = self._first()
-        if not device.ON_CPU:
-            first = max(0, self._end - round_up(self._end - first))
-        starts, mask = self._seen_starts(), None
-        if starts[self._live].max(initial=0) > first:
-            visible = mx.arange(first, self._end) >= mx.array(starts)[:, None]
-            mask = as_mask(visible[:, None, None], self._model)
-
-        def attention(queries: mx.array, *caches: mx.array) -> mx.array:
-            *arrays, scale = caches
-            keys, values = (array[:, :, first : self._end] for array in arrays)
-            return attend(queries, keys, values, scale, mask)
-
-        return attention
+    def _mask(self, columns: slice) -> mx.array | None:
+        """Return the mask of those columns that are before each row's own; None without any."""
+        starts = self._seen_starts()
+        if starts[self._live].max(initial=0) <= columns.start:
+            return None
+        visible = mx.arange(columns.start, columns.stop) >= mx.array(starts)[:, None]
+        return as_mask(visible[:, None, None], self._model)
 
     def _seen_starts(self) -> np.ndarray:
         """The first column that each row sees."""
@@ -166,36 +177,6 @@ class BatchDecoder:
         self._shift -= back
         self._starts += end - self._end
         self._end = end
-
-
-def pieces_of(layer: nn.Module) -> tuple[Callable, Callable]:
-    """What comes before a layer's attention and what after it, as `decoder.before_attention` and
-    `decoder.after_attention` have them. A GPU has each compiled; a CPU has nothing to merge.
-    """
-    if not device.ON_CPU:
-        return device.compiled(before_attention(layer)), device.compiled(after_attention(layer))
-    attention, feed_forward = layer.attention, layer.feed_forward
-    w2 = product_of_rows(feed_forward.w2)
-
-    def before(x: mx.array, position: int) -> tuple[mx.array, mx.array, mx.array]:
-        return attention.project(layer.attention_norm(x), position)
-
-    def after(x: mx.array, attended: mx.array) -> mx.array:
-        x = x + attention.wo(attended.reshape(len(x), 1, -1))
-        normed = layer.ffn_norm(x)
-        return x + w2(ops.swiglu(feed_forward.w1(normed), feed_forward.w3(normed)))
-
-    return before, after
-
-
-def product_of_rows(layer: nn.Module) -> Callable:
-    """A function of x (B, 1, K) that returns what a linear layer does. Where there are more inputs
-    than outputs, MKL multiplies the transposed matrices in two thirds of the time.
-    """
-    n_outputs, n_inputs = layer.weight.shape if isinstance(layer, nn.Linear) else (1, 0)
-    if n_outputs > n_inputs or "bias" in layer:
-        return layer
-    return lambda x: (layer.weight @ x[:, 0].T).T[:, None]
 
 
 def bytes_of_row(model: nn.Module, length: int) -> int:
