@@ -83,11 +83,8 @@ class BatchDecoder:
     ) -> mx.array:
         # A multiple of columns, so that there are few shapes.
         columns = slice(max(0, self._end - round_up(self._end - self._first())), self._end)
-        place, mask, position = (
-            slice(self._end - 1, self._end),
-            self._mask(columns),
-            mx.array(position),
-        )
+        place, mask = slice(self._end - 1, self._end), self._mask(columns)
+        position = mx.array(position)  # a number is compiled again
         layers = zip(self._model.layers, befores, afters, self._caches, strict=True)
         for layer, before, after, cache in layers:
             queries, *new = before(x, position)
@@ -101,6 +98,7 @@ class BatchDecoder:
         """Put prompts into these slots, and return the logits (n, V) after each."""
         if not self._live.any():
             self._end, self._shift = self._least_end, 0
+            self._starts[:] = self._end - 1
         n = max(map(len, prompts))
         pads = np.array([n - len(ids) for ids in prompts])
         tokens = mx.array([[0] * (n - len(ids)) + ids for ids in prompts])
