@@ -130,7 +130,7 @@ def multiply_quantized(
     split among the cores. Of more vectors (B, 1, K) it is the product that the network has.
     """
     if len(x) > 1:
-        return ops.quantized_matmul(x, weight, scales, biases, group_size, bits)
+        return ops.quantized_matmul(x, weight, scales, biases, group_size, bits, training=False)
     multiply = partial(mx.quantized_matmul, x, group_size=group_size, bits=bits)
     if not device.ON_CPU or weight.nbytes < MIN_BYTES_TO_SPLIT:
         return multiply(weight, scales, biases)
