@@ -146,13 +146,15 @@ class Batch:
 
 def group_sizes(lengths: list[int], n_tokens: int) -> Iterator[int]:
     """Yield how many prompts, of these ascending lengths, go through the model together: those that
-    have no more than `n_tokens` with their padding.
+    have no more than `n_tokens` with their padding. Where they are a quarter of that, a longer one,
+    for which the others would be padded, is the next one's.
     """
-    n = 0
+    n, longest = 0, 0
     for length in lengths:
-        if n and (n + 1) * length > n_tokens:
+        is_filled = n * longest * 4 >= n_tokens and length > longest
+        if n and (is_filled or (n + 1) * length > n_tokens):
             yield n
             n = 0
-        n += 1
+        n, longest = n + 1, length
     if n:
         yield n

@@ -13,7 +13,7 @@ from conftest import QUICK, ROOT, call_script, write_quick_model
 from parts import decoder, decoder_batch, device  # before MLX, for its BLAS
 from parts.batch_generation import AnswerRow, rows_that_fit
 from parts.decoder import generate_step
-from parts.continuous_batching import generate_rows
+from parts.continuous_batching import generate_rows, group_sizes
 from parts.prompt_file import read_prompts
 from parts.sampling import Sampling
 
@@ -141,6 +141,12 @@ def test_random_numbers_of_a_row_are_its_own(models):
     assert answers(9) == together == answers(2)
     assert max(max(ids) for ids in together) < 250
     assert together != [row.ids for row in make_rows(9)]
+
+
+def test_prompts_of_about_one_length_go_through_the_model_together():
+    assert list(group_sizes([3, 3, 4, 9, 9, 9, 9, 40], 36)) == [3, 4, 1]
+    assert list(group_sizes([2, 9], 36)) == [2]  # too few for a group of their own
+    assert list(group_sizes([], 36)) == []
 
 
 def test_logits_that_are_not_finite_are_an_error():
