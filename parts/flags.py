@@ -26,7 +26,7 @@ RANK = cli.number(int, lambda n: 1 <= n <= 4096, "a whole number from 1 to 4096"
 SCALE = cli.number(float, lambda s: 0 < s <= 1e4, "a number above 0 and up to 10000")
 POSITIVE_SHARE = cli.number(float, lambda p: 0 < p <= 1, "a number above 0 and up to 1")
 FRACTION = cli.number(float, lambda p: 0 <= p <= 1, "a number from 0 to 1")
-PENALTY = cli.number(float, lambda x: 0 < x <= 100, "a number above 0 and up to 100")
+PENALTY = cli.number(float, lambda x: 0.01 <= x <= 100, "a number from 0.01 to 100")
 CACHE_SIZE = cli.number(int, lambda n: 16 <= n <= sys.maxsize, "a whole number of at least 16")
 SEED = cli.number(int, lambda n: 0 <= n < 2**32, "a whole number from 0 to 2**32 - 1")
 

@@ -66,7 +66,8 @@ class Sampler:
         if self._recent is not None:
             recent = mx.concatenate([self._recent, tokens[:, None]], axis=1)
             window = self.sampling.repetition_window
-            self._recent = recent if window is None else recent[:, -window:]
+            n_over = 0 if window is None else max(0, recent.shape[1] - window)
+            self._recent = recent[:, n_over:]
         return tokens
 
     def replace(self, row: int, ids: list[int], key: mx.array) -> None:
@@ -96,7 +97,8 @@ class Sampler:
         """The ids that the penalty is for; None without one. A short text's first is repeated."""
         if self.sampling.repetition_penalty == 1:
             return None
-        width = self.sampling.repetition_window or max(map(len, histories))
+        longest = max(map(len, histories))
+        width = min(longest, self.sampling.repetition_window or longest)
         rows = [ids[-width:] for ids in histories]
         return mx.array(np.array([ids[:1] * (width - len(ids)) + ids for ids in rows], np.uint32))
 

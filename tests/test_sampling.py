@@ -113,7 +113,7 @@ def test_tokens_are_drawn_as_often_as_their_probabilities_say():
     np.testing.assert_allclose(shares, np.array(chances)[0], atol=0.03)
 
 
-@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("window", [None, 4, 2**40])
 def test_the_penalty_counts_the_texts_own_tokens_and_of_those_the_last(window):
     """Each row as it would be alone, with texts of several lengths, one of them replaced."""
     sampling = Sampling(temp=1.0, repetition_penalty=3.0, repetition_window=window)
@@ -168,7 +168,7 @@ def test_no_token_comes_twice_where_the_penalty_is_high(tiny_model):
         (("--top-p", "nan"), "'nan' is not a number above 0 and up to 1"),
         (("--top-k", "-1"), "'-1' is not a whole number of at least 0"),
         (("--min-p", "1.5"), "'1.5' is not a number from 0 to 1"),
-        (("--repetition-penalty", "0"), "'0' is not a number above 0 and up to 100"),
+        (("--repetition-penalty", "0"), "'0' is not a number from 0.01 to 100"),
         (("--repetition-window", "0"), "'0' is not a whole number of at least 1"),
         (("--stop", ""), "'' is no text"),
         (("--stop", "a\udcff"), r"'a\udcff' is not UTF-8"),
