@@ -38,9 +38,10 @@ def read_prompts(path: str) -> list[Prompt]:
             raise ValueError("--prompts - reads standard input, which is closed")
         name, content = "standard input", sys.stdin.buffer.read()
     else:
-        if not Path(path).is_file():
+        if Path(path).is_file():
+            check_content(path)
+        elif Path(path).is_dir() or not Path(path).exists():  # others, such as a pipe, can be read
             raise FileNotFoundError(f"--prompts {path} is no file{did_you_mean(path)}")
-        check_content(path)
         name, content = path, Path(path).read_bytes()
     lines = [
         (line, f"{name}, line {number}")

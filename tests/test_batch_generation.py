@@ -1,6 +1,7 @@
 """Many prompts at once: each is answered as it would be alone, whatever is beside it."""
 
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -216,6 +217,14 @@ def test_a_file_that_is_missing_is_named(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("x")
     with pytest.raises(FileNotFoundError, match=r"prompt\.jsonl is no file \(did you mean"):
         read_prompts(str(tmp_path / "prompt.jsonl"))
+
+
+def test_a_named_pipe_is_read_once():
+    end, other = os.pipe()
+    os.write(other, b"Alpha\nBeta")
+    os.close(other)
+    assert [prompt.content for prompt in read_prompts(f"/dev/fd/{end}")] == ["Alpha", "Beta"]
+    os.close(end)
 
 
 # -------------------------------------------------------------------------------------------------
