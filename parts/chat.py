@@ -229,7 +229,10 @@ def encode_prompt(template: ChatTemplate, tokenizer: Tokenizer, messages: list[d
     ValueError where the template refuses the messages.
     """
     text = template.render(Chat(messages, None), add_generation_prompt=True).text
-    return tokenizer.encode(text, bos=False, special_tokens=True)
+    ids = tokenizer.encode(text, bos=False, special_tokens=True)
+    if not ids:
+        raise ValueError(f"{template.name} makes no text of the messages")
+    return ids
 
 
 def end_of_turn(

@@ -251,6 +251,13 @@ def test_a_template_that_refuses_a_message_changes_nothing(chat_model):
     assert conversation.messages == []
 
 
+def test_a_template_that_writes_nothing_is_an_error(chat_model):
+    _, model, tokenizer = load(chat_model)
+    conversation = Conversation(model, tokenizer, ChatTemplate("", "m", "", ""), arguments())
+    with pytest.raises(ValueError, match="m makes no text of the messages"):
+        list(conversation.ask("Hello"))
+
+
 # -------------------------------------------------------------------------------------------------
 # A bounded cache
 
