@@ -89,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="of a quantized model, merge into the bits that it has; hf is for mlx-lm alone then",
     )
     add("--data", help="folder whose test.jsonl tells what merging costs: the test perplexity")
-    flags.add_data_flags(add)
+    flags.add_mask_prompt(add)
+    flags.add_chat_template(add)
     return parser
 
 

@@ -100,11 +100,7 @@ def add_data_flags(add: Callable) -> None:
 
     add: `add_argument` of their group.
     """
-    add(
-        "--mask-prompt",
-        action="store_true",
-        help="the loss counts completions, and of chats the assistant's answers, alone",
-    )
+    add_mask_prompt(add)
     add(
         "--pack",
         action="store_true",
@@ -112,6 +108,15 @@ def add_data_flags(add: Callable) -> None:
         "--max-seq-length tokens of as many texts as that holds",
     )
     add_chat_template(add)
+
+
+def add_mask_prompt(add: Callable) -> None:
+    """Add the flag of what the loss counts. add: `add_argument` of its group."""
+    add(
+        "--mask-prompt",
+        action="store_true",
+        help="the loss counts completions, and of chats the assistant's answers, alone",
+    )
 
 
 def add_chat_template(add: Callable) -> None:
