@@ -45,6 +45,7 @@ from parts.interrupts import Interrupts, Stopped
 from parts.joined_layers import layers_in_training
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.packing import make_packing, packed_batches
+from parts.prompt_file import has_chats
 from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
 from parts.records import Record, Records
 from parts.run_files import warn_of_replaced
@@ -564,7 +565,7 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
     if args.resume_adapter_file and ranks.rank == 0:
         recover_interrupted_save(args.resume_adapter_file)
     sets, model, tokenizer = prepare(args, ranks)
-    if args.chat:
+    if args.chat or has_chats(args.prompts):
         template = load_template(args.chat_template, Path(args.model), tokenizer)
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)

@@ -57,6 +57,11 @@ def read_prompts(path: str) -> list[Prompt]:
     return [make_prompt(record, kind, place) for record, place in records]
 
 
+def has_chats(prompts: list[Prompt] | None) -> bool:
+    """Whether a chat template is needed, other than for --chat."""
+    return any(isinstance(prompt.content, Chat) for prompt in prompts or ())
+
+
 def is_object(line: str, place: str) -> bool:
     """Whether a line is a JSON object. Raises ValueError where it begins as JSON, but is none."""
     begins = line.strip()
@@ -81,8 +86,13 @@ def make_prompt(record: object, kind: str, place: str) -> Prompt:
                 f"{place} has no prompt: {describe(record, 'prompt')}; each line holds one "
                 '{"prompt": "..."}, as the first does'
             )
-    else:
+    elif isinstance(record, dict) and "text" in record:
         content, used = check_text(record, place, "text"), {"text"}
+    else:
+        raise ValueError(
+            f"{place} has no text: {describe(record, 'text')}; each line holds one "
+            '{"prompt": "..."}, {"messages": [...]} or {"text": "..."}, all of a file the same'
+        )
     try:
         json.dumps(record, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
