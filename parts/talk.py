@@ -66,7 +66,7 @@ def on_terminal(conversation: Conversation) -> None:
     while True:
         try:
             line = input("> ").strip()
-            line.encode()  # half a character is an error here
+            decode_text(line.encode("utf-8", "surrogateescape"), "the message")
             if line.partition(" ")[0] == "/quit":
                 return
             if line:
