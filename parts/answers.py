@@ -46,7 +46,7 @@ class Answer:
         stopping: Callable[[], bool] = lambda: False,
     ):
         self.ids: list[int] = []
-        self._n_prompt_tokens = len(prompt_ids)
+        self._n_prompt_tokens = len(prompt_ids) - (decoder.offset if decoder is not None else 0)
         self._times = [time.perf_counter()]  # of the start, and of each token
         if decoder is None and args.max_kv_size is not None:
             decoder = Decoder(model, max_kv_size=args.max_kv_size)
@@ -67,7 +67,9 @@ class Answer:
         return self._pieces
 
     def summary(self) -> str:
-        """Return how fast that was, and the peak memory; nothing without any token."""
+        """Return how fast that was, and the peak memory; nothing without any token. Of the prompt,
+        the tokens count that were computed.
+        """
         if not self.ids:
             return ""
         return run_log.generation_summary(self._n_prompt_tokens, self._times)
