@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from parts import adapter_formats, adapters, chat, cli, schedules
-from parts.cli import did_you_mean
+from parts.cli import did_you_mean, warn
 from parts.files import decode_text
 from parts.prompt_file import read_prompts
 from parts.sampling import Sampling
@@ -211,6 +211,26 @@ def add_sampling_flags(add: Callable) -> None:
     )
 
 
+def idle_flags(args: argparse.Namespace) -> list[str]:
+    """Return, of each flag that changes nothing in this run, what it is for."""
+    neutral = {**Sampling()._asdict(), "stop": [], "max_kv_size": None}
+    given = [name for name in neutral if name != "temp" and getattr(args, name) != neutral[name]]
+    problems = []
+    generates = args.chat or args.prompt is not None or args.prompts is not None
+    if not generates:
+        problems += [(name, "is for --prompt, --prompts and --chat") for name in given]
+    elif args.temp == 0:
+        shaping = [name for name in given if name in ("top_p", "top_k", "min_p")]
+        problems += [(name, "changes nothing: --temp 0 takes the likeliest") for name in shaping]
+    if generates and args.repetition_penalty == 1 and args.repetition_window is not None:
+        problems.append(("repetition_window", "changes nothing without --repetition-penalty"))
+    if args.pack and not args.train:
+        problems.append(("pack", "is for --train"))
+    if args.mask_prompt and not (args.train or args.test):
+        problems.append(("mask_prompt", "is for --train and --test"))
+    return [f"--{name.replace('_', '-')} {problem}" for name, problem in problems]
+
+
 def sampling_of(args: argparse.Namespace) -> Sampling:
     """Return how the flags want tokens to be chosen."""
     return Sampling(*(getattr(args, name) for name in Sampling._fields))
@@ -257,6 +277,8 @@ def check_arguments(args: argparse.Namespace, n_ranks: int = 1, writes: bool = T
         raise ValueError("--resume-adapter-file goes with --train; to use adapters, --adapter-file")
     if not writes:
         return
+    for problem in idle_flags(args):
+        warn(problem)
     if args.train:
         adapters.check_replaceable(Path(args.adapter_file))
     adapter = adapter_to_load(args)

@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from parts import device  # before MLX, for its BLAS
 from parts.decoder import generate_step
+from parts.flags import idle_flags
 from parts.sampling import Sampler, Sampling, new_keys, penalized, shaped
 from parts.stop_text import until_stop
 from parts.tokenizers import stream_text
@@ -178,6 +179,24 @@ def test_a_value_out_of_its_range_is_one_line(flags, says, capsys):
     with pytest.raises(SystemExit, match="2"):
         lora.build_parser().parse_args(["--prompt", "hi", *flags])
     assert f"error: argument {flags[0]}: {says}; see " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        (["--prompt", "a", "--top-p", "0.9", "--repetition-penalty", "2", "--stop", "b"], []),
+        (["--chat", "--temp", "0", "--top-k", "9", "--stop", "b"], ["--top-k"]),
+        (
+            ["--prompts", "f", "--repetition-window", "9", "--pack"],
+            ["--repetition-window", "--pack"],
+        ),
+        (["--train", "--pack", "--mask-prompt", "--min-p", "0.1"], ["--min-p"]),
+        (["--prompt", "a", "--mask-prompt"], ["--mask-prompt"]),
+    ],
+)
+def test_a_flag_that_changes_nothing_is_named(flags, idle):
+    args = lora.build_parser().parse_args(flags)
+    assert [problem.split()[0] for problem in idle_flags(args)] == idle
 
 
 # -------------------------------------------------------------------------------------------------
