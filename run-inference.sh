@@ -10,6 +10,13 @@ ADAPTER=${ADAPTER:-$here/adapters.npz}
 QUESTION=${QUESTION:-What is ReLU in mlx?}
 FORMAT=${FORMAT:-text}  # of the records that the adapter was trained on: text, completion or chat
 CHAT_TEMPLATE=${CHAT_TEMPLATE:-chatml}  # of chats, where the model has none of its own
+case "$FORMAT" in
+    text | completion | chat) ;;
+    *)
+        echo "run-inference.sh: error: FORMAT is text, completion or chat, not $FORMAT" >&2
+        exit 2
+        ;;
+esac
 chat_flags=()
 if [ "$FORMAT" = chat ]; then
     PROMPT=${PROMPT:-$QUESTION}
