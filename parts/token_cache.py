@@ -202,13 +202,13 @@ class TokenWriter:
         warn(f"{path} cannot be written, so that each start tokenizes anew: {error}")
         kept, self._is_kept = self._file, False
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-        if kept is None:
+        if kept is not None:
+            partial_file(path).unlink(missing_ok=True)
+            kept.seek(0)
+            shutil.copyfileobj(kept, self._file, BLOCK)
+            kept.close()
+        if not self._size:  # not even that was written
             self._write(np.frombuffer(HEAD, np.uint8))
-            return
-        partial_file(path).unlink(missing_ok=True)
-        kept.seek(0)
-        shutil.copyfileobj(kept, self._file, BLOCK)
-        kept.close()
 
 
 def partial_file(path: Path) -> Path:

@@ -220,3 +220,17 @@ def test_a_disk_that_does_not_take_it_is_a_warning(tmp_path, reason):
     assert "train.jsonl.tokens cannot be written, so that each start tokenizes anew" in warning
     assert reason in warning
     assert json.loads(process.stdout) == rows_of(opened(write(tmp_path / "a.jsonl"))) * 100
+
+
+def test_a_disk_that_takes_not_even_the_first_byte_loses_no_token(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "train.jsonl")
+    expected = rows_of(opened(write(tmp_path / "a.jsonl")))
+
+    def open_unwritable(cache: Path):
+        partial_file(cache).touch()
+        return open(partial_file(cache), "rb", buffering=0)
+
+    monkeypatch.setattr(token_cache, "open_partial", open_unwritable)
+    assert rows_of(opened(path)) == expected
+    assert "train.jsonl.tokens cannot be written" in capsys.readouterr().err
+    assert not partial_file(cache_file(path)).exists()
