@@ -29,6 +29,7 @@ import mlx.core as mx
 
 RANK_VARIABLES = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set by mlx.launch, and by mpirun
 RENDEZVOUS_TIMEOUT = 20  # seconds until all ranks have to be there
+PROBES = 5, 5, 3  # seconds of silence before the first, and between two; and how many may be lost
 JOIN_TIMEOUT = 30  # seconds that MLX has to connect them
 WELCOME, GOODBYE = b"welcome", b"goodbye"
 MAX_GATHERED = 8192  # bytes of a text that `gather` sends
@@ -96,7 +97,8 @@ class Watchdog:
         for other, peer in self._peers.items():
             peer.settimeout(None)
             peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            for option, value in (idle, 5), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3):
+            options = idle, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT
+            for option, value in zip(options, PROBES, strict=True):
                 peer.setsockopt(socket.IPPROTO_TCP, option, value)
             if rank == 0:
                 with suppress(OSError):

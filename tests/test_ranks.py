@@ -21,9 +21,21 @@ import pytest
 from conftest import ROOT, RUN_FILES, SLOWNESS, wait_for, write_jsonl
 
 from parts.adapters import read_adapter
+from parts.ranks import PROBES, RENDEZVOUS_TIMEOUT
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 from distributed import HOSTS, bytes_a_step, bytes_sent, two_namespaces
+
+
+# lora.py with less patience.
+IMPATIENT = """
+import sys
+sys.argv[0] = "lora.py"
+import lora
+from parts import ranks
+ranks.RENDEZVOUS_TIMEOUT, ranks.PROBES = 8, (1, 1, 3)
+lora.main()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +56,23 @@ def start_ranks(
     hosts: list[str] | None = None,
     of_rank: Callable[[int], list[str]] = lambda rank: [],
     under: Callable[[int], list[str]] = lambda rank: [],
+    script: tuple = (ROOT / "lora.py",),
 ) -> list[subprocess.Popen]:
-    """Start `n` ranks in `folder`; `of_rank` gives flags and `under` a command before lora.py."""
+    """Start `n` ranks in `folder`; `of_rank` gives flags and `under` a command before Python."""
     port = random.randrange(20000, 32000, 10)
     nodes = [[f"{(hosts or ['127.0.0.1'] * n)[rank]}:{port + rank}"] for rank in range(n)]
     hostfile = folder / "hosts.json"
     hostfile.write_text(json.dumps(nodes))
     return [
         subprocess.Popen(
-            [*under(rank), sys.executable, ROOT / "lora.py", *flags, *of_rank(rank)],
+            [*under(rank), sys.executable, *script, *flags, *of_rank(rank)],
             cwd=folder,
-            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hostfile)},
+            env={
+                **os.environ,
+                "MLX_RANK": str(rank),
+                "MLX_HOSTFILE": str(hostfile),
+                "PYTHONPATH": str(ROOT),
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -249,9 +267,10 @@ def test_a_rank_killed_before_the_first_step_leaves_nothing(flags, tmp_path):
 
 
 def test_a_rank_that_never_comes_is_named(flags, tmp_path):
-    ranks = start_ranks(3, tmp_path, *flags)
+    ranks = start_ranks(3, tmp_path, *flags, script=("-c", IMPATIENT))
     ranks[2].kill()
     assert_lost(ranks, 2)
+    assert RENDEZVOUS_TIMEOUT <= 20
 
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path):
@@ -269,7 +288,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path)
 def test_a_host_that_cannot_be_reached_any_more_ends_both(flags, tmp_path, namespaces):
     """A cable that is pulled: no connection is closed, and nothing comes."""
     flags = [*flags, "--iters", "100000"]
-    ranks = start_ranks(2, tmp_path, *flags, **in_namespaces(namespaces))
+    patience = {"script": ("-c", IMPATIENT)}
+    ranks = start_ranks(2, tmp_path, *flags, **in_namespaces(namespaces), **patience)
     wait_for(ranks[0], "Iter 10: Train loss")
     command = ["ip", "-n", namespaces[0], "link", "set", "veth", "down"]
     subprocess.run(command, check=True)
@@ -277,6 +297,8 @@ def test_a_host_that_cannot_be_reached_any_more_ends_both(flags, tmp_path, names
     assert statuses == [1, 1]
     for text, other in zip(errors, (1, 0), strict=True):
         assert text.startswith(f"lora.py: error: rank {other} has ended or cannot be reached")
+    idle, interval, n_lost = PROBES
+    assert idle + interval * n_lost <= 20
 
 
 # -------------------------------------------------------------------------------------------------
