@@ -53,9 +53,8 @@ pytestmark = [
 ]
 on_gpu = pytest.mark.skipif(not device.has_cuda(), reason="needs CUDA")
 
+# Few headers: they take as long to read as a kernel.
 BEFORE = """
-#include <algorithm>
-#include <atomic>
 #include <bit>
 #include <cmath>
 #include <csetjmp>
@@ -70,7 +69,8 @@ BEFORE = """
 #define __launch_bounds__(...)
 #define __shared__ static
 
-using std::min, std::max;
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
 struct Index { int x; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
@@ -130,8 +130,8 @@ static float exchanged[THREADS];
 static_assert(THREADS == 64);
 
 void __syncthreads() { block.arrive_and_wait(); }
-void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
-template <class T> T atomicAdd(T* to, T n) { return std::atomic_ref(*to).fetch_add(n); }
+void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+template <class T> T atomicAdd(T* to, T n) { return __atomic_fetch_add(to, n, __ATOMIC_SEQ_CST); }
 float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 float __expf(float x) { return std::exp(x); }
@@ -172,7 +172,8 @@ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c, bool is_float16)
 void multiply_fragments(float* c, const unsigned* a, unsigned b0, unsigned b1, bool is_float16) {
     auto& warp = warps[threadIdx.x / 32];
     unsigned* own = fragments[threadIdx.x];
-    std::copy(a, a + 4, own), own[4] = b0, own[5] = b1;
+    for (int i = 0; i < 4; i++) own[i] = a[i];
+    own[4] = b0, own[5] = b1;
     warp.arrive_and_wait();
     int lane = threadIdx.x % 32, first = threadIdx.x - lane;
     for (int i = 0; i < 4; i++) {
@@ -206,7 +207,7 @@ ASSEMBLY_OF_PAIRS = {
 }
 ASSEMBLY_OF_THE_DECODER = {
     r'asm volatile\("ld\.acquire.*?\);': (
-        "now = std::atomic_ref(*counter).load(), sched_yield(), let_others_run();"
+        "now = __atomic_load_n(counter, __ATOMIC_SEQ_CST), sched_yield(), let_others_run();"
     ),
     r"extern __shared__ Vector shared\[\];": "static Vector shared[65536 / sizeof(Vector)];",
 }
