@@ -24,6 +24,7 @@ from conftest import (
     SLOWNESS,
     QUICK,
     TINY,
+    call_script,
     run_script,
     wait_for,
     write_jsonl,
@@ -118,7 +119,7 @@ def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_f
     adapter = tmp_path / "adapters.npz"
     if before == "fewer layers":
         options = "--adapter-file", adapter, "--lora-layers", "1", "--iters", "1"
-        assert run_script("lora.py", *flags, *options).returncode == 0
+        assert call_script("lora.py", *flags, *options).returncode == 0
     script = (
         "import lora, os, signal\n"
         "replace = os.replace\n"
@@ -233,7 +234,7 @@ def test_adapters_behind_a_link_are_written_where_it_leads(flags, tmp_path):
     written = []
     for seed in ("1", "2"):  # where nothing is, and where adapters are
         run = [*flags, "--iters", "2", "--seed", seed, "--adapter-file", link]
-        process = run_script("lora.py", *run)
+        process = call_script("lora.py", *run)
         assert process.returncode == 0, process.stderr
         assert link.is_symlink()
         assert read_adapter(adapter)
@@ -270,7 +271,7 @@ def test_a_run_that_goes_on_goes_on_in_the_same_log(flags, stopped, uninterrupte
     ],
 )
 def test_a_changed_flag_is_named(flags, stopped, tmp_path, change, says):
-    process = run_script(
+    process = call_script(
         "lora.py", *flags, "--resume-adapter-file", stopped / "adapters.npz",
         "--adapter-file", tmp_path / "more.npz", *change,
     )  # fmt: skip
@@ -283,18 +284,18 @@ def test_changed_data_and_another_model_are_named(flags, stopped, data, tiny_mod
     other = shutil.copytree(data, tmp_path / "data")
     write_jsonl(other / "train.jsonl", ["one text", "and another"])
     resumed = [*flags, "--resume-adapter-file", stopped / "adapters.npz", "--adapter-file"]
-    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--data", other)
+    process = call_script("lora.py", *resumed, tmp_path / "a.npz", "--data", other)
     assert (process.returncode, "the training data is not that" in process.stderr) == (2, True)
 
     model = shutil.copytree(tiny_model, tmp_path / "stretched")
     params = json.loads((model / "params.json").read_text())
     (model / "params.json").write_text(json.dumps(params | {"rope_theta": 1e6}))
-    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
+    process = call_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
     assert (process.returncode, "params.json is not that" in process.stderr) == (2, True)
 
     mx.random.seed(8)
     model = write_quick_model(tmp_path / "model", Model(ModelArgs(**QUICK)))
-    process = run_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
+    process = call_script("lora.py", *resumed, tmp_path / "a.npz", "--model", model)
     assert (process.returncode, "the model is not that" in process.stderr) == (2, True)
 
 
@@ -302,7 +303,7 @@ def test_a_state_of_other_adapters_is_not_used(flags, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
     matrices = read_adapter(folder / "adapters.npz")
     np.savez(folder / "adapters.npz", **{name: value / 2 for name, value in matrices.items()})
-    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"), "--iters", "1")
+    process = call_script("lora.py", *resume(flags, folder / "adapters.npz"), "--iters", "1")
     assert process.returncode == 0, process.stderr
     assert "adapters.state.npz is of other adapters" in process.stdout
 
@@ -312,10 +313,10 @@ def test_adapters_put_back_from_a_copy_are_gone_on_from(flags, stopped, tmp_path
     folder = shutil.copytree(stopped, tmp_path / "copy")
     adapter = folder / "adapters.npz"
     saved = adapter.read_bytes()
-    process = run_script("lora.py", *resume(flags, adapter), "--iters", "11")
+    process = call_script("lora.py", *resume(flags, adapter), "--iters", "11")
     assert process.returncode == 0, process.stderr
     adapter.write_bytes(saved)
-    process = run_script("lora.py", *resume(flags, adapter), "--iters", "1")
+    process = call_script("lora.py", *resume(flags, adapter), "--iters", "1")
     assert process.returncode == 0, process.stderr
     assert "adapters.state.npz is of other adapters" in process.stdout
 
@@ -324,7 +325,7 @@ def test_a_run_that_goes_on_in_another_file_takes_its_log_along(flags, stopped, 
     other = tmp_path / "other.npz"
     shutil.copy(stopped / "adapters.log.jsonl", tmp_path / "other.log.jsonl")
     resumed = ["--resume-adapter-file", stopped / "adapters.npz", "--adapter-file", other]
-    process = run_script("lora.py", *flags, *resumed, "--iters", "14")
+    process = call_script("lora.py", *flags, *resumed, "--iters", "14")
     assert process.returncode == 0, process.stderr
     before = (stopped / "adapters.log.jsonl").read_text()
     after = (tmp_path / "other.log.jsonl").read_text()
@@ -334,7 +335,7 @@ def test_a_run_that_goes_on_in_another_file_takes_its_log_along(flags, stopped, 
 def test_a_run_that_is_resumed_at_its_end_writes_the_adapters_that_were_asked_for(
     flags, stopped, tmp_path
 ):
-    process = run_script(
+    process = call_script(
         "lora.py", *flags, "--iters", "10", "--resume-adapter-file", stopped / "adapters.npz",
         "--adapter-file", tmp_path / "copy.npz",
     )  # fmt: skip
@@ -347,7 +348,7 @@ def test_a_validation_that_was_broken_off_is_made_up_for(flags, stopped, tmp_pat
     adapter, log = folder / "adapters.npz", folder / "adapters.log.jsonl"
     *lines, _ = log.read_text().splitlines(keepends=True)
     log.write_text("".join(lines))
-    process = run_script("lora.py", *resume(flags, adapter), "--iters", "10")
+    process = call_script("lora.py", *resume(flags, adapter), "--iters", "10")
     assert process.returncode == 0, process.stderr
     assert logged(adapter) == logged(stopped / "adapters.npz")
 
@@ -357,7 +358,7 @@ def test_a_state_that_lacks_something_is_one_line(flags, stopped, tmp_path):
     with np.load(folder / "adapters.state.npz") as archive:
         state = {name: value for name, value in archive.items() if not name.endswith(".m")}
     np.savez(folder / "adapters.state.npz", **state)
-    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"))
+    process = call_script("lora.py", *resume(flags, folder / "adapters.npz"))
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert "adapters.state.npz is damaged" in line
@@ -367,7 +368,7 @@ def test_a_damaged_state_is_one_line(flags, stopped, tmp_path):
     folder = shutil.copytree(stopped, tmp_path / "copy")
     state = folder / "adapters.state.npz"
     state.write_bytes(state.read_bytes()[:-50])
-    process = run_script("lora.py", *resume(flags, folder / "adapters.npz"))
+    process = call_script("lora.py", *resume(flags, folder / "adapters.npz"))
     assert process.returncode == 2
     (line,) = process.stderr.splitlines()
     assert "adapters.state.npz is damaged" in line
@@ -395,7 +396,7 @@ def test_an_overflow_leaves_updates_out_and_ends_the_run_with_finite_adapters(da
     model.apply(lambda value: value * 300)
     folder = write_model(tmp_path / "huge", model)
     adapter = tmp_path / "adapters.npz"
-    process = run_script(
+    process = call_script(
         "lora.py", "--model", folder, "--data", data, "--train", "--dtype", "float16",
         "--learning-rate", "1e30", "--steps-per-report", "2", "--adapter-file", adapter,
     )  # fmt: skip
@@ -530,7 +531,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
 
 def test_long_texts_are_cut_with_one_warning(tiny_model, data, tmp_path):
     tokenizer = lora.Tokenizer(tiny_model / "tokenizer.model")
-    process = run_script(
+    process = call_script(
         "lora.py", "--model", tiny_model, "--data", data, "--train", "--iters", "1",
         "--max-seq-length", "20", "--adapter-file", tmp_path / "a.npz", "--batch-size", "64",
     )  # fmt: skip
