@@ -25,6 +25,7 @@ from conftest import (
     ROOT,
     RUN_FILES,
     TINY,
+    call_script,
     run_script,
     write_jsonl,
     write_model,
@@ -432,7 +433,7 @@ def test_one_seed_gives_the_same_adapters_byte_for_byte(tiny_model, data, tmp_pa
 
 def test_an_adapter_is_used_with_the_layers_that_it_was_trained_on(trained, tiny_model, data):
     """Trained with two layers, tested without the flag: the loss is the one that training saw."""
-    process = run_script(
+    process = call_script(
         "lora.py", "--model", tiny_model, "--data", data, "--test", "--adapter-file", trained[1]
     )
     assert process.returncode == 0, process.stderr
@@ -440,7 +441,7 @@ def test_an_adapter_is_used_with_the_layers_that_it_was_trained_on(trained, tiny
 
 
 def test_the_base_model_is_tested_without_an_adapter(trained, tiny_model, data, docstrings):
-    process = run_script(
+    process = call_script(
         "lora.py", "--model", tiny_model, "--data", data, "--test", "--no-adapter", "--dtype",
         "float32",
     )  # fmt: skip
@@ -557,7 +558,7 @@ def test_a_prompts_file_is_answered_as_its_text_is_and_a_text_stays_as_it_is(tin
 
 
 def test_one_token_alone_has_no_speed(tiny_model):
-    process = run_script("lora.py", "--model", tiny_model, "--no-adapter", "-p", "hi", "-n", 1)
+    process = call_script("lora.py", "--model", tiny_model, "--no-adapter", "-p", "hi", "-n", 1)
     assert re.search(r"; generation: 1 tokens; peak memory", process.stderr)
 
 
@@ -573,7 +574,7 @@ def test_a_long_prompt_goes_through_in_pieces(tiny_model, monkeypatch):
 def test_a_model_with_more_ids_than_the_tokenizer_gives_none_that_it_lacks(tmp_path):
     padded = Model(ModelArgs(**{**TINY, "vocab_size": 64000}))  # half of the ids have no text
     folder = write_model(tmp_path, padded, vocab_size=64000)
-    process = run_script(
+    process = call_script(
         "lora.py", "--model", folder, "--no-adapter", "--prompt", "hi", "-n", "40", "--temp", "5"
     )
     assert process.returncode == 0, process.stderr
@@ -591,7 +592,7 @@ def test_logits_that_are_not_finite_are_a_failure_and_no_text(tmp_path):
     model = Model(ModelArgs(**TINY))
     model.norm.weight = model.norm.weight * math.nan
     folder = write_model(tmp_path, model)
-    process = run_script("lora.py", "--model", folder, "--no-adapter", "--prompt", "hi")
+    process = call_script("lora.py", "--model", folder, "--no-adapter", "--prompt", "hi")
     assert process.returncode == 1
     assert process.stderr.startswith("lora.py: error: the model's logits are not finite")
 
@@ -663,13 +664,13 @@ def test_a_reader_who_leaves_ends_the_run_without_a_word(tiny_model):
 
 
 def test_sampled_text_depends_on_the_seed_alone(tiny_model):
-    def text(seed):
-        return run_script(
+    def text(run, seed):
+        return run(
             "lora.py", "--model", tiny_model, "--no-adapter", "-p", "a", "-n", 9, "--seed", seed
         ).stdout  # fmt: skip
 
-    assert text(1) == text(1)
-    assert text(1) != text(2)
+    assert text(call_script, 1) == text(run_script, 1)
+    assert text(call_script, 1) != text(call_script, 2)
 
 
 def constant_model(folder, token):
@@ -685,7 +686,7 @@ def constant_model(folder, token):
 
 def test_generation_stops_at_the_end_token(tmp_path):
     folder = constant_model(tmp_path, TOKENIZER.eos_id)
-    process = run_script("lora.py", "--model", folder, "--no-adapter", "-p", "hi")
+    process = call_script("lora.py", "--model", folder, "--no-adapter", "-p", "hi")
     assert process.stdout.endswith("Generating\nhi\n")
 
 
@@ -717,7 +718,7 @@ def edited(folder, tmp_path, name, content):
 
 def error_of(*flags) -> str:
     """The one line that a failed call prints; asserts status 2 and no traceback."""
-    process = run_script("lora.py", *flags)
+    process = call_script("lora.py", *flags)
     assert process.returncode == 2, process.stdout + process.stderr
     lines = process.stderr.splitlines()
     assert len(lines) == 1
@@ -728,7 +729,7 @@ def error_of(*flags) -> str:
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ([], "give --train, --test, --prompt or --chat"),
+        ([], "give --train, --test, --prompt, --prompts or --chat"),
         (["--train", "--lora-layers", "0"], "--lora-layers: '0' is not a whole number"),
         (["--train", "--iters", "1.5"], "--iters: '1.5' is not a whole number"),
         (["--train", "--learning-rate", "nan"], "--learning-rate: 'nan' is not a number above 0"),
