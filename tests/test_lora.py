@@ -221,8 +221,8 @@ def test_a_quantized_layer_counts_as_the_layer_that_it_was():
 # The script
 
 
-def train_script(model, data, *flags, **options):
-    return run_script(
+def train_script(model, data, *flags, run=call_script, **options):
+    return run(
         "lora.py",
         "--model",
         model,
@@ -242,7 +242,7 @@ def trained(tiny_model, data, tmp_path_factory):
     adapter = tmp_path_factory.mktemp("trained") / "adapters.npz"
     process = train_script(
         tiny_model, data, "--iters", 12, "--lora-layers", 2, "--steps-per-report", 5,
-        "--steps-per-eval", 6, "--adapter-file", adapter, "--test",
+        "--steps-per-eval", 6, "--adapter-file", adapter, "--test", run=run_script,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     return process, adapter
@@ -329,7 +329,9 @@ def test_a_picture_that_cannot_be_written_does_not_stop_training(tiny_model, dat
 
 def test_a_notebooks_way_of_drawing_is_not_needed(tiny_model, data, tmp_path):
     flags = "--iters", 6, "--adapter-file", tmp_path / "a.npz"
-    process = train_script(tiny_model, data, *flags, MPLBACKEND="module://nobody.has_it")
+    process = train_script(
+        tiny_model, data, *flags, run=run_script, MPLBACKEND="module://nobody.has_it"
+    )
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "a.png").is_file()
 
@@ -420,10 +422,10 @@ def test_the_adapter_file_holds_the_lora_matrices_and_nothing_else(trained):
 
 def test_one_seed_gives_the_same_adapters_byte_for_byte(tiny_model, data, tmp_path):
     files = []
-    for i, seed in enumerate((3, 3, 4)):
+    for i, (seed, run) in enumerate([(3, run_script), (3, run_script), (4, call_script)]):
         files.append(tmp_path / f"{i}.npz")
         process = train_script(
-            tiny_model, data, "--iters", 3, "--seed", seed, "--adapter-file", files[-1]
+            tiny_model, data, "--iters", 3, "--seed", seed, "--adapter-file", files[-1], run=run
         )
         assert process.returncode == 0, process.stderr
     same, again, other = (file.read_bytes() for file in files)
