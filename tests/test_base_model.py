@@ -423,8 +423,8 @@ def test_every_command_of_the_readme_that_needs_no_download_and_no_other_machine
             timeout=600,
         )
         assert process.returncode == 0, f"{block}\n{process.stderr}"
-        for path in (project / "mlx-doc-data").iterdir():  # the later ones are quick
-            path.write_text("".join(path.read_text("utf-8").splitlines(keepends=True)[:40]))
+        for file in (project / "mlx-doc-data").iterdir():  # the later ones are quick
+            file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:40]))
 
 
 def test_the_scripts_stop_at_the_first_error(tmp_path):
