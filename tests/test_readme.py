@@ -12,7 +12,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 PAGES = ["README.md", "base-model/README.md", "tests/benchmarks/README.md"]
 SCRIPTS = ["convert.py", "lora.py", "fuse.py", "cwk_create_dataset.py"]
 FLAG = r"(?<![\w-])--?[a-z][\w-]*"
-FOREIGN_FLAGS = {"--help", "-p", "-n", "--over", "-m"}  # of Python, MLX's launchers and pytest
+FOREIGN_FLAGS = {"--help", "-p", "-n", "--over", "-m", "--enable-lora", "--lora-modules"}  # others'
 MLX_MESSAGES = ("[METAL]", "cudaMallocAsync", "Impacting")
 
 
