@@ -76,7 +76,7 @@ def open_empty(
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path} is missing{did_you_mean(path)}: --model takes a folder that convert.py "
-                "made"
+                "made, or fuse.py --format mlx"
             )
         check_content(path)
     model = read_config(folder / "params.json", model_class, args_class, quantizable)
