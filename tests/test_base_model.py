@@ -397,7 +397,7 @@ def test_every_command_of_the_readme_that_needs_no_download_and_no_other_machine
     project = copy_project(tmp_path / "project")
     params = {**QUICK, "hidden_dim": 128}  # which groups of 64 divide
     weights = {
-        name: torch.from_numpy(np.array(value))
+        name: torch.from_numpy(np.array(value.astype(mx.float16)))
         for name, value in tree_flatten(Model(ModelArgs(**params)).parameters())
     }
     (project / "base-model").mkdir()
