@@ -72,6 +72,28 @@ TINY = {
 }
 QUICK = {**TINY, "vocab_size": 1000}  # most of a step's time goes into the vocabulary
 
+# A RoPE that is scaled as Llama 3's, from a context that tests exceed.
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[None]:
+    """Meanwhile, `folder` is a real file system of its own, of this size, such as "6m"."""
+    folder.mkdir(exist_ok=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
 
 def run_script(script: str, *arguments: str | Path, cwd: Path | None = None, **env: str):
     """Run a script from the shell; gives the finished process with its output as text."""

@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, run_script, write_quick_tokenizer
+from conftest import QUICK, ROOT, run_script, small_disk, write_quick_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
@@ -231,13 +231,8 @@ def test_without_a_network_the_error_says_how_to_go_on(wheel, tmp_path):
 
 
 def test_a_disk_without_room_is_named_before_the_work(wheel, tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=300m", "tmpfs", tmp_path]
-    if os.name != "posix" or os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("only root can mount a small disk")
-    try:
+    with small_disk(tmp_path, "300m"):
         status, error = refused(tmp_path, wheel)
-    finally:
-        subprocess.run(["umount", tmp_path], check=True)
     assert status == 1
     assert error.startswith(f"make.py: error: {tmp_path} has 315 MB left on its disk, and making ")
     assert error.endswith(" takes 550 MB: free some")

@@ -17,7 +17,15 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import MISTRAL_TOKENIZER, ROOT, TINY, call_script, script_in_forks, run_script
+from conftest import (
+    MISTRAL_TOKENIZER,
+    ROOT,
+    TINY,
+    call_script,
+    script_in_forks,
+    run_script,
+    small_disk,
+)
 
 import convert
 import lora
@@ -693,18 +701,12 @@ def test_signals_leave_nothing_behind(tmp_path, number, status):
 def test_a_full_disk_is_status_1_and_leaves_nothing(checkpoint, tmp_path):
     """A real file system: too small from the start, and one that shrinks while it is written."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(disk, "6m"):
         assert "are free on the disk" in error_of(
             run(checkpoint, disk / "mlx", by=run_script), status=1
         )
         assert "are free on the disk" in error_of(run(checkpoint, disk), status=1)
         assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     limited = f"ulimit -f 4096; exec {sys.executable} {ROOT / 'convert.py'} --torch-path torch"
     process = subprocess.run(
         ["bash", "-c", f"trap '' XFSZ; {limited} --mlx-path mlx"],

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import LLAMA3_ROPE, ROOT
 
 from parts import (
     decoder,
@@ -357,18 +357,11 @@ ARGS = ModelArgs(
 )
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 FAMILIES = {
     "llama": {},
-    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 5e5},
-    "llama3.2": {"rope_scaling": LLAMA3, "tie_word_embeddings": True, "head_dim": 128},
+    "llama3": {"rope_scaling": LLAMA3_ROPE, "rope_theta": 5e5},
+    "llama3.2": {"rope_scaling": LLAMA3_ROPE, "tie_word_embeddings": True, "head_dim": 128},
     "mistral": {"sliding_window": 100},
     "qwen2": {"attention_bias": True, "sliding_window": 20, "n_heads": 3, "n_kv_heads": 3},
     "qwen3": {"qk_norm": True, "rope_scaling": YARN, "dim": 96},

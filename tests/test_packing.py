@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, call_script, write_jsonl
+from conftest import LLAMA3_ROPE, QUICK, call_script, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -26,17 +26,10 @@ import mlx.nn as nn
 import lora
 from models import Model, ModelArgs, add_lora
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 64,
-}
 NETWORKS = {
     "grouped heads": {},
     "window": {"sliding_window": 9, "n_kv_heads": 4},
-    "norms, scaled rope": {"qk_norm": True, "rope_scaling": LLAMA3},
+    "norms, scaled rope": {"qk_norm": True, "rope_scaling": LLAMA3_ROPE},
 }
 LENGTHS = [[20, 9, 4], [33], [2, 17, 12]]  # tokens of the texts of each row
 ROW_LENGTH = 40

@@ -26,6 +26,7 @@ from conftest import (
     TINY,
     call_script,
     run_script,
+    small_disk,
     wait_for,
     write_jsonl,
     write_model,
@@ -496,11 +497,7 @@ def test_an_error_of_the_device_before_anything_is_reported_saves_nothing(flags,
 def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp_path):
     """A real file system, too small until something on it is deleted."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(disk, "512k"):
         (disk / "other").write_bytes(bytes(480 * 1024))
         adapter = disk / "adapters.npz"
         process = start(*flags, "--adapter-file", adapter)
@@ -521,8 +518,6 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing(flags, uninterrupted, tmp
         _, errors = process.communicate(timeout=120 * SLOWNESS)
         assert process.returncode == 1
         assert errors.splitlines()[-1].startswith("lora.py: error: the adapters of the last step")
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
 
 
 # -------------------------------------------------------------------------------------------------

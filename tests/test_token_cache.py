@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import MISTRAL_TOKENIZER, ROOT
+from conftest import MISTRAL_TOKENIZER, ROOT, small_disk
 
 from parts import token_cache
 from parts.token_cache import cache_file, open_partial, partial_file
@@ -196,11 +196,7 @@ def test_a_malformed_record_leaves_nothing(tmp_path, monkeypatch):
 def test_a_disk_that_does_not_take_it_is_a_warning(tmp_path, reason):
     """A real file system, which has no place, or is full when half is written."""
     disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", str(disk)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting a small file system needs root")
-    try:
+    with small_disk(disk, "16k"):
         path = write(disk / "train.jsonl", times=100)  # three pages of four
         if "only" in reason:
             subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -214,8 +210,6 @@ def test_a_disk_that_does_not_take_it_is_a_warning(tmp_path, reason):
         command = [sys.executable, "-c", script, str(path), str(MISTRAL_TOKENIZER)]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert names(disk) == ["train.jsonl"]
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
     (warning,) = process.stderr.splitlines()
     assert "train.jsonl.tokens cannot be written, so that each start tokenizes anew" in warning
     assert reason in warning

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from generation import peak_memory, reset_peak_memory
-from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
+from training_step import ROOT, SHAPES, make_mlx_lm, make_ours, make_transformers, with_our_blas
 
 Answer = Callable[[list[list[int]], list[int]], int]  # prompts and lengths to a number of tokens
 
@@ -76,35 +76,12 @@ def prepare_mlx_lm(shape: tuple, dtype: str, bits: int, all_at_once: bool = Fals
     return answer
 
 
-def prepare_mlx_lm_fast_blas(*args, **options) -> Answer:
-    """mlx-lm with the BLAS that we load."""
-    sys.path.insert(0, str(ROOT))
-    from parts import device
-
-    assert device.FAST_BLAS, "there is no other BLAS here"
-    return prepare_mlx_lm(*args, **options)
-
-
 def prepare_transformers(shape: tuple, dtype: str, bits: int) -> Answer:
     """transformers' `generate`, which pads on the left and ends with the longest answer."""
     import torch
-    import transformers
 
-    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
-    config = transformers.LlamaConfig(
-        hidden_size=dim,
-        num_hidden_layers=layers,
-        intermediate_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=1e-5,
-        vocab_size=vocabulary,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        torch.set_default_dtype(getattr(torch, dtype))
-        model = transformers.LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model, device = make_transformers(shape, dtype)
+    model.eval()
 
     def answer(prompts: list[list[int]], lengths: list[int]) -> int:
         width, n = max(map(len, prompts)), max(lengths)
@@ -129,7 +106,7 @@ CONTENDERS = {
     "ours": prepare_ours,
     "mlx-lm": prepare_mlx_lm,
     "mlx-lm, all at once": lambda *args: prepare_mlx_lm(*args, all_at_once=True),
-    "mlx-lm, our BLAS": lambda *args: prepare_mlx_lm_fast_blas(*args, all_at_once=True),
+    "mlx-lm, our BLAS": lambda *args: with_our_blas(prepare_mlx_lm)(*args, all_at_once=True),
     "transformers": prepare_transformers,
 }
 LENGTHS = ("each", "as right")

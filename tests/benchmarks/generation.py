@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from training_step import ROOT, SHAPES, make_mlx_lm, make_ours
+from training_step import SHAPES, make_mlx_lm, make_ours, make_transformers, with_our_blas
 
 WINDOW = 50  # tokens whose median time counts as that of one in their middle
 FIRST_TOKEN_RUNS = 7  # of a process, after the first
@@ -59,35 +59,12 @@ def prepare_mlx_lm(shape: tuple, dtype: str, bits: int, quantize_all: bool = Fal
     return start
 
 
-def prepare_mlx_lm_fast_blas(*args) -> Callable:
-    """mlx-lm with the BLAS that we load."""
-    sys.path.insert(0, str(ROOT))
-    from parts import device
-
-    assert device.FAST_BLAS, "there is no other BLAS here"
-    return prepare_mlx_lm(*args)
-
-
 def prepare_transformers(shape: tuple, dtype: str, bits: int) -> Callable:
     """transformers' `generate`, which gives all tokens at once: they count as equally fast."""
     import torch
-    import transformers
 
-    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
-    config = transformers.LlamaConfig(
-        hidden_size=dim,
-        num_hidden_layers=layers,
-        intermediate_size=hidden,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        rms_norm_eps=1e-5,
-        vocab_size=vocabulary,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
-        torch.set_default_dtype(getattr(torch, dtype))
-        model = transformers.LlamaForCausalLM(config).eval()
-        torch.set_default_dtype(torch.float32)
+    model, device = make_transformers(shape, dtype)
+    model.eval()
 
     def start(prompt: list[int], n: int) -> Iterator[int]:
         ids = torch.tensor([prompt], device=device)
@@ -102,7 +79,7 @@ CONTENDERS = {
     "ours": prepare_ours,
     "mlx-lm": prepare_mlx_lm,
     ALL_QUANTIZED: lambda *args: prepare_mlx_lm(*args, quantize_all=True),
-    "mlx-lm, our BLAS": prepare_mlx_lm_fast_blas,
+    "mlx-lm, our BLAS": with_our_blas(prepare_mlx_lm),
     "transformers": prepare_transformers,
 }
 

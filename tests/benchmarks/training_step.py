@@ -174,16 +174,15 @@ def prepare_mlx_lm(
     return start, wait
 
 
-def prepare_peft(
-    shape: tuple, dtype: str, bits: int, projections: list[str], compiled: bool = False
-) -> tuple[Callable, Callable]:
-    """transformers' Llama with PEFT's adapters; `bits` below 16 is not compared."""
-    import peft
+def make_transformers(shape: tuple, dtype: str, **options):
+    """transformers' Llama, its weights random, and the device that it is on.
+
+    options: of its configuration.
+    """
     import torch
     import transformers
 
-    dim, layers, heads, kv_heads, hidden, vocabulary, batch, length = shape
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dim, layers, heads, kv_heads, hidden, vocabulary, *_ = shape
     config = transformers.LlamaConfig(
         hidden_size=dim,
         num_hidden_layers=layers,
@@ -192,13 +191,26 @@ def prepare_peft(
         num_key_value_heads=kv_heads,
         rms_norm_eps=1e-5,
         vocab_size=vocabulary,
-        use_cache=False,
         tie_word_embeddings=shape in TIED,
+        **options,
     )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.device(device):
         torch.set_default_dtype(getattr(torch, dtype))
         model = transformers.LlamaForCausalLM(config)
         torch.set_default_dtype(torch.float32)
+    return model, device
+
+
+def prepare_peft(
+    shape: tuple, dtype: str, bits: int, projections: list[str], compiled: bool = False
+) -> tuple[Callable, Callable]:
+    """transformers' Llama with PEFT's adapters; `bits` below 16 is not compared."""
+    import peft
+    import torch
+
+    _, layers, *_, vocabulary, batch, length = shape
+    model, device = make_transformers(shape, dtype, use_cache=False)
     model = peft.get_peft_model(
         model,
         peft.LoraConfig(
@@ -234,19 +246,23 @@ def prepare_peft(
     return start, wait
 
 
-def prepare_mlx_lm_fast_blas(*args) -> tuple[Callable, Callable]:
-    """mlx-lm with the BLAS that we load."""
-    sys.path.insert(0, str(ROOT))
-    from parts import device
+def with_our_blas(prepare: Callable) -> Callable:
+    """`prepare`, of mlx-lm, with the BLAS that we load."""
 
-    assert device.FAST_BLAS, "there is no other BLAS here"
-    return prepare_mlx_lm(*args)
+    def prepare_with_it(*args, **options):
+        sys.path.insert(0, str(ROOT))
+        from parts import device
+
+        assert device.FAST_BLAS, "there is no other BLAS here"
+        return prepare(*args, **options)
+
+    return prepare_with_it
 
 
 CONTENDERS = {
     "ours": prepare_ours,
     "mlx-lm": prepare_mlx_lm,
-    "mlx-lm, our BLAS": prepare_mlx_lm_fast_blas,
+    "mlx-lm, our BLAS": with_our_blas(prepare_mlx_lm),
     "PEFT": prepare_peft,
     "PEFT compiled": lambda *a: prepare_peft(*a, compiled=True),
 }
