@@ -39,8 +39,8 @@ from parts.chat import load_template
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
-from parts.flags import adapter_to_load, add_batch_size, add_data_flags, add_lora_flags
-from parts.flags import add_prompts_flag, add_sampling_flags, add_update_flags, check_arguments
+from parts.flags import adapter_to_load, add_asking_flags, add_batch_size, add_data_flags
+from parts.flags import add_lora_flags, add_sampling_flags, add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
 from parts.joined_layers import layers_in_training
 from parts.ops import cross_entropy, linear_cross_entropy
@@ -85,13 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--train", action="store_true", help="train adapters")
     add("--test", action="store_true", help="compute the loss on the test set")
     add("--prompt", "-p", help="generate text that goes on from this; - reads it")
-    add(
-        "--chat",
-        action="store_true",
-        help="the prompt is a message to the assistant; without one, a conversation: on a terminal "
-        "until /quit, from a pipe a message a line",
-    )
-    add_prompts_flag(add)
+    add_asking_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="mlx_model", help="folder made by convert.py")
@@ -236,6 +230,17 @@ def load(args: argparse.Namespace) -> tuple[Dataset | None, Dataset | None, Data
     val_set = Dataset(folder / "valid.jsonl", "text", *options) if validates else None
     test_set = Dataset(folder / "test.jsonl", "text", *options) if args.test else None
     return train_set, val_set, test_set
+
+
+def truncate(sets: list[Dataset], tokenizer: Tokenizer, max_length: int) -> None:
+    """Shorten the sets' texts of more than `max_length` tokens, and warn of what is lost."""
+    n_truncated = sum(dset.truncate(tokenizer, max_length) for dset in sets)
+    if n_truncated:
+        warn(f"{n_truncated} texts are cut to {max_length} tokens, see --max-seq-length")
+    left_out = [where for dset in sets for where in dset.left_out]
+    if left_out:
+        are = f"{len(left_out)} records are" if len(left_out) > 1 else "a record is"
+        warn(f"{are} left out, of which --mask-prompt lets nothing count ({left_out[0]})")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -450,9 +455,8 @@ def train(
     step = make_step(model, optimizer, loss, streams, ranks, args.max_grad_norm)
     skip = done * args.grad_accumulation
     pack = args.max_seq_length if args.pack else None
-    batches = iterate_batches(
-        train_set, tokenizer, args.batch_size, train=True, seed=args.seed, skip=skip, pack=pack
-    )
+    options = {"train": True, "seed": args.seed, "skip": skip, "pack": pack}
+    batches = iterate_batches(train_set, tokenizer, args.batch_size, **options)
     batches = dropout.add_keys(batches, args.lora_dropout, args.seed, skip)
     update = accumulated(step, batches, args.grad_accumulation)
     iterations = range(done + 1, args.iters + 1)
@@ -587,15 +591,7 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
     warning = special_token_warning([(prompt, "--prompt")], tokenizer, named)
     if warning:
         warn(warning)
-    if used:
-        n_truncated = sum(dset.truncate(tokenizer, args.max_seq_length) for dset in used)
-        if n_truncated:
-            length = args.max_seq_length
-            warn(f"{n_truncated} texts are cut to {length} tokens, see --max-seq-length")
-        left_out = [where for dset in used for where in dset.left_out]
-        if left_out:
-            are = f"{len(left_out)} records are" if len(left_out) > 1 else "a record is"
-            warn(f"{are} left out, of which --mask-prompt lets nothing count ({left_out[0]})")
+    truncate(used, tokenizer, args.max_seq_length)
     if args.train:
         rows = train_set.encode(tokenizer)
         sizes = args.batch_size, args.max_seq_length

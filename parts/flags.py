@@ -154,8 +154,14 @@ def add_batch_size(add: Callable) -> None:
     )
 
 
-def add_prompts_flag(add: Callable) -> None:
-    """Add the flag of many prompts. add: `add_argument` of its group."""
+def add_asking_flags(add: Callable) -> None:
+    """Add the flags that ask a chat model, or many prompts. add: `add_argument` of their group."""
+    add(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message to the assistant; without one, a conversation: on a terminal "
+        "until /quit, from a pipe a message a line",
+    )
     add(
         "--prompts",
         metavar="FILE",
