@@ -17,6 +17,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -35,15 +36,34 @@ def load_fast_blas() -> ctypes.CDLL | None:
         return None
 
 
+def free_memory() -> int | None:
+    """Return the bytes of memory that processes can still have; None where Linux does not tell."""
+    meminfo = Path("/proc/meminfo")
+    if not meminfo.exists():
+        return None
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
+
+
+@lru_cache  # once a process
 def keep_freed_memory() -> None:
-    """Have the C library of Linux keep the memory of freed arrays for others. By default it
-    returns that of large ones to the system, which has to clear pages for each new one.
+    """Have the C library of Linux keep the memory of freed arrays for others, in pages of 2 MiB. By
+    default it returns that of large ones to the system, which has to clear pages for each new one;
+    and products wait for the addresses of pages of 4 KiB. Call it before there are arrays.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        trim_threshold, mmap_max, arena_max = -1, -4, -8
-        for setting, value in ((trim_threshold, 2**31 - 1), (mmap_max, 0), (arena_max, 1)):
-            mallopt(setting, value)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if not hasattr(libc, "mallopt"):
+        return
+    trim_threshold, mmap_max, arena_max = -1, -4, -8
+    for setting, value in ((trim_threshold, -1), (mmap_max, 0), (arena_max, 1)):
+        libc.mallopt(setting, value)
+    # One large block, none of which is touched: when it is freed, the heap has its addresses.
+    libc.malloc.restype, size, page = ctypes.c_void_p, (free_memory() or 0) // 2, 2**21
+    block = libc.malloc(ctypes.c_size_t(size))
+    if block:
+        start, use_huge_pages = -(-block // page) * page, 14
+        n_bytes = max(0, block + size - start)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(n_bytes), use_huge_pages)
+        libc.free(ctypes.c_void_p(block))
 
 
 FAST_BLAS = load_fast_blas()
@@ -75,6 +95,7 @@ def has_metal() -> bool:
 
 
 if ON_CPU:
+    keep_freed_memory()
     # MLX then queues the work of all streams in turns, not that of one after that of another.
     os.environ.setdefault("MLX_BFS_MAX_WIDTH", "1000")
 elif has_cuda():
@@ -100,7 +121,6 @@ def open_streams(n: int, local_size: int = 1) -> list[mx.Stream]:
     """
     if not ON_CPU:
         return [mx.default_stream(mx.default_device())]
-    keep_freed_memory()
     n_cores = len(available_cores())
     n = min(n, max(1, n_cores // local_size))
     if FAST_BLAS:
@@ -169,14 +189,6 @@ def check_memory(needed: int) -> None:
             f"the weights take {needed / 2**30:.1f} GiB of memory and {available / 2**30:.1f} are "
             f"free{whose}: convert the model with -q{instead}"
         )
-
-
-def free_memory() -> int | None:
-    """Return the bytes of memory that processes can still have; None where Linux does not tell."""
-    meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return None
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1])
 
 
 def give_back_memory() -> None:
