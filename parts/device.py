@@ -130,7 +130,7 @@ def open_streams(n: int, local_size: int = 1) -> list[mx.Stream]:
 
 def core_streams() -> list[mx.Stream]:
     """Return a new stream for each core of a CPU, where MLX runs a stream on one thread, or one for
-    a GPU. Unlike `open_streams`, it leaves the BLAS and the C library's memory as they are.
+    a GPU. Unlike `open_streams`, it leaves the BLAS as it is.
     """
     n_streams = len(available_cores()) if ON_CPU else 1
     return [mx.new_stream(mx.default_device()) for _ in range(n_streams)]

@@ -53,6 +53,26 @@ SMALL = ModelArgs(32, 2, 16, 48, 2, 1, 1e-5, 50)
 
 
 # -------------------------------------------------------------------------------------------------
+# Memory
+
+
+@pytest.mark.skipif(
+    not (device.ON_CPU and Path("/sys/kernel/mm/transparent_hugepage").exists()),
+    reason="a CPU with Linux that has huge pages",
+)
+def test_arrays_may_lie_in_huge_pages():
+    array = np.array(mx.zeros(2**22), copy=False)
+    address = array.ctypes.data + array.nbytes // 2
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            start, end = (int(number, 16) for number in line.split()[0].split("-"))
+        elif line.startswith("VmFlags") and start <= address < end:
+            assert "hg" in line.split()  # MADV_HUGEPAGE
+            return
+    raise AssertionError("the array is in no mapping")
+
+
+# -------------------------------------------------------------------------------------------------
 # Ranks
 
 
