@@ -7,7 +7,8 @@ any other line
 
 A file is of objects if its first line is one, and its first record says of which kind; further keys
 go with the answer. What a data set has as the right answer, a completion or the last message, is
-not shown to the model. Empty lines count for nothing.
+not shown to the model. Empty lines count for nothing. Text and such objects in one file are an
+error: answers to lines that were misread would look right.
 """
 
 import json
@@ -18,6 +19,10 @@ from typing import NamedTuple
 from parts.cli import did_you_mean
 from parts.files import check_content, decode_text
 from parts.records import Chat, check_chat, check_text, describe, kind_of, parse_object
+
+
+KEYS = {"prompt", "messages", "text"}
+ALL_THE_SAME = "give all lines as objects, or all as text"
 
 
 class Prompt(NamedTuple):
@@ -43,16 +48,21 @@ def read_prompts(path: str) -> list[Prompt]:
         elif Path(path).is_dir() or not Path(path).exists():  # others, such as a pipe, can be read
             raise FileNotFoundError(f"--prompts {path} is no file{did_you_mean(path)}")
         name, content = path, Path(path).read_bytes()
-    lines = [
-        (line, f"{name}, line {number}")
-        for number, line in enumerate(decode_text(content, name).split("\n"), start=1)
-        if line.strip()
-    ]
+    lines = [(line, f"{name}, line {i}") for i, line in enumerate(decode_lines(content, name), 1)]
+    lines = [(line, place) for line, place in lines if line.strip()]
     if not lines:
         raise ValueError(f"{name} is empty: each line holds one prompt")
     if not is_object(*lines[0]):
+        for line, place in lines[1:]:
+            check_text_line(line, place)
         return [Prompt(line, place, {}) for line, place in lines]
-    records = [(parse_object(line.encode(), place), place) for line, place in lines]
+    records = []
+    for line, place in lines:
+        if not line.lstrip().startswith(("{", "[")):
+            raise ValueError(
+                f"{place} is text, and the first line is a JSON object: {ALL_THE_SAME}"
+            )
+        records.append((parse_object(line.encode(), place), place))
     kind = kind_of(records[0][0])
     return [make_prompt(record, kind, place) for record, place in records]
 
@@ -62,11 +72,34 @@ def has_chats(prompts: list[Prompt] | None) -> bool:
     return any(isinstance(prompt.content, Chat) for prompt in prompts or ())
 
 
+def decode_lines(content: bytes, name: str) -> list[str]:
+    """Return the lines of a text. Raises ValueError, which names the line that is not UTF-8."""
+    try:
+        return decode_text(content, name).split("\n")
+    except ValueError:
+        for number, line in enumerate(content.split(b"\n"), start=1):
+            decode_text(line, f"{name}, line {number}")
+        raise
+
+
+def check_text_line(line: str, place: str) -> None:
+    """Raise ValueError where a line among text is an object that holds a prompt."""
+    if not line.lstrip().startswith("{"):
+        return
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return
+    if KEYS & record.keys():
+        raise ValueError(f"{place} is a JSON object, and the first line is text: {ALL_THE_SAME}")
+
+
 def is_object(line: str, place: str) -> bool:
     """Whether a line is a JSON object. Raises ValueError where it begins as JSON, but is none."""
     begins = line.strip()
-    if begins == "[" or begins.startswith("[{"):
-        raise ValueError(f"{place} begins a JSON array: give one object a line")
+    if begins in ("[", "{") or begins.startswith("[{"):
+        kind = "object of many lines" if begins == "{" else "array"
+        raise ValueError(f"{place} begins a JSON {kind}: give one object a line")
     if begins.startswith('{"'):
         return isinstance(parse_object(line.encode(), place), dict)
     try:

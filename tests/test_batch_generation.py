@@ -198,7 +198,9 @@ def test_a_file_holds_objects_of_each_kind_or_lines_of_text(tmp_path):
     ("text", "problem"),
     [
         ('{"prompt": "a"}\n{"prompt": 3}', "line 2 has no prompt: its prompt is 3"),
-        ('{"prompt": "a"}\n\nb', "line 3 is not JSON"),
+        ('{"prompt": "a"}\n\nb', "line 3 is text, and the first line is a JSON object: give all"),
+        ('a\n{b}\n{"n": 1}\n{"prompt": "c"}', "line 4 is a JSON object, and the first line is"),
+        ('{\n"prompt": "a"\n}', "line 1 begins a JSON object of many lines"),
         ('{"prompt": "a"', "line 1 is not JSON"),
         ('[{"prompt": "a"}]', "line 1 .* array"),
         ('{"text": "a"}\n{"prompt": "b"}', "line 2 has no text"),
@@ -211,6 +213,12 @@ def test_a_file_holds_objects_of_each_kind_or_lines_of_text(tmp_path):
 def test_a_malformed_line_is_named(tmp_path, text, problem):
     with pytest.raises(ValueError, match=problem):
         contents(tmp_path, text)
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "prompts").write_bytes(b"a\n\xc3\xa9\r\nb \xff\nc\n")
+    with pytest.raises(ValueError, match="prompts, line 3 is not valid UTF-8"):
+        read_prompts(str(tmp_path / "prompts"))
 
 
 def test_a_file_that_is_missing_is_named(tmp_path):
