@@ -4,7 +4,6 @@ import json
 import signal
 import subprocess
 import sys
-from datetime import date
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,9 @@ from parts.tokenizers import Tokenizer
 FILE = "chat_template.jinja"  # in a model's folder
 SECONDS = 20  # of a processor that a template may take at once
 AT_ONCE = 64  # beginnings of a chat that are rendered at once
+# What templates that write today's date, such as Llama 3.2's, write into training and test data: a
+# run is the same on each day, and may be resumed on another. Llama's own where none is known.
+TRAINING_DAY = "2024-07-26"
 ROOT = Path(__file__).resolve().parent.parent
 
 # Of the published formats. A system message of Llama 2 and Mistral is part of the first question. A
@@ -105,17 +107,25 @@ class ChatTemplate:
     """A chat template, in the Jinja that transformers reads. `name` is what errors call it.
 
     bos_token, eos_token: the texts of the tokens that begin and end one. seconds: of a processor
-    for one chat. Raises ValueError where it is no template, or jinja2 is missing.
+    for one chat. day: the date that it takes for today's, such as TRAINING_DAY; None is today.
+    Raises ValueError where it is no template, or jinja2 is missing.
     """
 
     def __init__(
-        self, source: str, name: str, bos_token: str, eos_token: str, seconds: float = SECONDS
+        self,
+        source: str,
+        name: str,
+        bos_token: str,
+        eos_token: str,
+        seconds: float = SECONDS,
+        day: str | None = None,
     ):
         self.name, self.source, self._seconds, self._process = name, source, seconds, None
         self._tokens = {"bos_token": bos_token, "eos_token": eos_token}
-        self.has_marks = self._ask({"template": source, "seconds": seconds})["has_marks"]
-        day = str(date.today()) if "strftime_now" in source else ""
-        self.digest = digest("\0".join([source, bos_token, eos_token, day]).encode())
+        first = {"template": source, "seconds": seconds, "day": day}
+        self.has_marks = self._ask(first)["has_marks"]
+        written = day or "" if "strftime_now" in source else ""
+        self.digest = digest("\0".join([source, bos_token, eos_token, written]).encode())
 
     def render(self, chat: Chat, add_generation_prompt: bool = False) -> Rendered:
         """Return the text of a chat; with `add_generation_prompt`, the beginning of the answer that
@@ -192,9 +202,11 @@ class ChatTemplate:
             self.close()
 
 
-def load_template(choice: str | None, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+def load_template(
+    choice: str | None, folder: Path, tokenizer: Tokenizer, day: str | None = None
+) -> ChatTemplate:
     """Return the template of a model's folder, or in its place the one that `choice` names: a file,
-    or one of BUILT_IN. Raises FileNotFoundError or ValueError.
+    or one of BUILT_IN. day: see ChatTemplate. Raises FileNotFoundError or ValueError.
     """
     tokens = token_text(tokenizer, tokenizer.bos_id), token_text(tokenizer, tokenizer.eos_id)
     if choice in BUILT_IN:
@@ -210,9 +222,10 @@ def load_template(choice: str | None, folder: Path, tokenizer: Tokenizer) -> Cha
         raise FileNotFoundError(f"--chat-template {choice} is no file, and none of {names}")
     check_content(path)
     try:
-        return ChatTemplate(path.read_text(encoding="utf-8-sig"), str(path), *tokens)
+        source = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
+    return ChatTemplate(source, str(path), *tokens, day=day)
 
 
 def token_text(tokenizer: Tokenizer, token: int | None) -> str:

@@ -6,11 +6,12 @@ a process renders it that has nothing else to lose, and that the system ends: af
 time for a request, by a timer that it does not handle, or, on Linux, where it asks for more than
 MEMORY bytes. It starts no other process and opens no file.
 
-Reads lines of JSON, and answers each with one. The first is {"template": ..., "seconds": ...}, a
-request is what the template is rendered with, and "parts": [[n, add_generation_prompt], ...], as
-often as the first n messages are rendered. An answer is {"parts": [part, ...]}, or {"error": ...};
-a part too is an error, or {"text": ..., "marks": [[start, end], ...]}, with the characters between
-`generation` and `endgeneration`. Of the first, it is {"has_marks": whether there are such}.
+Reads lines of JSON, and answers each with one. The first is {"template": ..., "seconds": ...,
+"day": ...}, with the date for `strftime_now`, null for today's. A request is what the template is
+rendered with, and "parts": [[n, add_generation_prompt], ...], as often as the first n messages are
+rendered. An answer is {"parts": [part, ...]}, or {"error": ...}; a part too is an error, or
+{"text": ..., "marks": [[start, end], ...]}, with the characters between `generation` and
+`endgeneration`. Of the first, it is {"has_marks": whether there are such}.
 
 The environment is that of transformers: its options, filters and functions.
 """
@@ -75,8 +76,12 @@ def to_json(value: object, ensure_ascii: bool = False, **options: object) -> str
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
-def compile_template(source: str) -> jinja2.Template:
-    """Return the template. Raises jinja2.TemplateError."""
+def compile_template(source: str, day: str | None) -> jinja2.Template:
+    """Return the template. day: see above. Raises jinja2.TemplateError."""
+
+    def strftime_now(form: str) -> str:
+        return (datetime.fromisoformat(day) if day else datetime.now()).strftime(form)
+
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -85,7 +90,7 @@ def compile_template(source: str) -> jinja2.Template:
     environment.has_marks = False
     environment.filters["tojson"] = to_json
     environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.globals["strftime_now"] = strftime_now
     return environment.from_string(source)
 
 
@@ -133,7 +138,7 @@ def main() -> None:
             seconds = request.pop("seconds", seconds)
             signal.setitimer(signal.ITIMER_PROF, seconds)
             if template is None:
-                template = compile_template(request["template"])
+                template = compile_template(request["template"], request["day"])
                 answer = {"has_marks": template.environment.has_marks}
             else:
                 answer = render_parts(template, request)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from parts.chat import ChatTemplate, answer_spans, load_template
+from parts.chat import TRAINING_DAY, ChatTemplate, answer_spans, load_template
 from parts.cli import warn
 from parts.records import Chat, Completion, Record, Records
 from parts.token_cache import BAR_DELAY, BLOCK, TokenWriter
@@ -87,10 +87,7 @@ def encode_records(
     """
     template, masked = None, mask_prompt and records.kind != "text"
     if records.kind == "chat":
-        try:
-            template = load_template(chat_template, tokenizer.path.parent, tokenizer)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{records.path} holds chats: {error}") from error
+        template = template_of(records, tokenizer, chat_template)
     elif chat_template is not None:
         warn(f"--chat-template is for chats, and {records.path} holds none: it is not used there")
     if not records.is_large:
@@ -98,6 +95,14 @@ def encode_records(
     key = [tokenizer.digest(), masked, template and template.digest]
     saved = saved_rows(records, tokenizer, key)
     return saved or encode_all(records, tokenizer, masked, template, key)
+
+
+def template_of(records: Records, tokenizer: Tokenizer, chat_template: str | None) -> ChatTemplate:
+    """Return the template of a file of chats. Raises ValueError or FileNotFoundError."""
+    try:
+        return load_template(chat_template, tokenizer.path.parent, tokenizer, TRAINING_DAY)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{records.path} holds chats: {error}") from error
 
 
 def saved_rows(records: Records, tokenizer: Tokenizer, key: list) -> TokenRows | None:

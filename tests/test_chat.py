@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+from datetime import datetime
 
 import chat_templates
 import numpy as np
@@ -289,6 +290,18 @@ def test_a_renderer_ends_with_whoever_asks():
     assert template.render(Chat(ONE, None)).text == "1"
     process.stdin.close()  # as the system does when a process is killed
     assert process.wait(5) == 0
+
+
+def test_a_template_with_todays_date_trains_with_the_same_on_each_day(folder, tmp_path):
+    """Else a run could not be resumed the day after. A prompt has today's."""
+    source = "{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}"
+    row = encoded(folder, tmp_path, source, ONE, mask=False)
+    tokenizer = Tokenizer(folder / "tokenizer.json", 0, [1])
+    assert tokenizer.decode(row.tolist()) == "26 Jul 2024: hi 😀"
+    before = datetime.now()
+    text = chat.load_template(str(tmp_path / "t.jinja"), folder, tokenizer).render(Chat(ONE, None))
+    days = {f"{day:%d %b %Y}: hi 😀" for day in (before, datetime.now())}
+    assert text.text in days
 
 
 def test_a_model_without_a_template_says_what_to_give(folder, tmp_path):
