@@ -35,7 +35,7 @@ from parts.adapters import to_vector
 from parts.answers import Answer, ready_to_answer, warn_of_length
 from parts.batch_generation import answer_prompts, answers_alone
 from parts.batches import bucket_lengths, pad_batch
-from parts.chat import load_template
+from parts.chat import ChatTemplate, open_template
 from parts.cli import USER_ERRORS, did_you_mean, warn
 from parts.files import check_content
 from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
@@ -54,7 +54,7 @@ from parts.schedules import count_updates, make_optimizer
 from parts.save_and_resume import NotSaved, recover_interrupted_save
 from parts.steps import accumulated, make_start_step
 from parts.talk import converse
-from parts.token_rows import TokenRows, encode_records, special_token_warning
+from parts.token_rows import TokenRows, encode_records, special_token_warning, try_template
 from parts.tokenizers import Tokenizer
 from parts.training import (
     report_steps,
@@ -198,6 +198,10 @@ class Dataset:
             rows = encode_records(self._records, tokenizer, *self._options)
             self._keep(tokenizer, rows, "nothing in it is an answer")
         return self._encoded[1]
+
+    def try_template(self, tokenizer: Tokenizer) -> None:
+        """Raise what `encode` would for the first record, if it is a chat."""
+        try_template(self._records, tokenizer, *self._options)
 
     def truncate(self, tokenizer: Tokenizer, max_length: int) -> int:
         """Shorten the texts of more than `max_length` tokens. Return how many they are."""
@@ -537,9 +541,15 @@ def load_model(
     Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
     MemoryError when the memory does not hold the weights.
     """
-    dtype = dtype or device.default_dtype()
+    model, tokenizer = open_model(folder, special_tokens)
+    model_folder.load_weights(model, Path(folder) / "weights.npz", dtype or device.default_dtype())
+    return model, tokenizer
+
+
+def open_model(folder: str | Path, special_tokens: bool = False) -> tuple[Model, Tokenizer]:
+    """Return the model as `load_model` does, without its weights, and the tokenizer."""
     kinds = Model, ModelArgs, quantizable
-    return model_folder.load(Path(folder), *kinds, dtype, special_tokens)
+    return model_folder.open_empty(Path(folder), *kinds, special_tokens)
 
 
 def load_adapter(
@@ -568,9 +578,7 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
         warn("MLX runs on its own, slow BLAS; on x86-64 Linux, pip install mkl")
     if args.resume_adapter_file and ranks.rank == 0:
         recover_interrupted_save(args.resume_adapter_file)
-    sets, model, tokenizer = prepare(args, ranks)
-    if args.chat or has_chats(args.prompts):
-        template = load_template(args.chat_template, Path(args.model), tokenizer)
+    sets, model, tokenizer, template = prepare(args, ranks)
     train_set, val_set, test_set = sets
     adapter = adapter_to_load(args)
     if adapter is not None:
@@ -616,7 +624,7 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
     mx.random.seed(args.seed)  # the text depends on it alone, not on what came before
     if args.prompts is not None and ranks.rank == 0:
         say("Generating")
-        answer_prompts(model, tokenizer, args)
+        answer_prompts(model, tokenizer, args, template)
     elif args.chat and ranks.rank == 0:
         converse(model, tokenizer, template, args)
     elif args.prompt is not None and ranks.rank == 0:
@@ -626,8 +634,8 @@ def run(args: argparse.Namespace, ranks: Ranks = SINGLE) -> None:
 
 def prepare(
     args: argparse.Namespace, ranks: Ranks
-) -> tuple[tuple[Dataset | None, ...], Model, Tokenizer]:
-    """Return the data sets, the model and the tokenizer, on each of the ranks.
+) -> tuple[tuple[Dataset | None, ...], Model, Tokenizer, ChatTemplate | None]:
+    """Return the data sets, the model, the tokenizer and, to ask, the chat template, on each rank.
 
     Raises ValueError, on all ranks, where that fails on one, or where they are not the same.
     """
@@ -638,11 +646,18 @@ def prepare(
         say("Loading pretrained model")
         generating = not (args.train or args.test)
         dtype = DTYPES.get(args.dtype) or device.default_dtype(generating)
-        prepared = sets, *load_model(args.model, dtype, args.special_tokens)
-        if args.prompt is not None and not prepared[-1].encode(args.prompt):
+        model, tokenizer = open_model(args.model, args.special_tokens)
+        for dset in filter(None, sets):  # before the weights, which may take long
+            dset.try_template(tokenizer)
+        folder, template = Path(args.model), None
+        if args.chat or has_chats(args.prompts):
+            template = open_template(args.chat_template, folder, tokenizer)
+        if args.prompt is not None and not tokenizer.encode(args.prompt):
             raise ValueError("--prompt is empty, and no token begins this model's texts: give some")
+        model_folder.load_weights(model, folder / "weights.npz", dtype)
+        prepared = sets, model, tokenizer, template
         if ranks.size > 1:
-            digests = [dset and dset.encode(prepared[-1]).digest() for dset in sets]
+            digests = [dset and dset.encode(tokenizer).digest() for dset in sets]
             inputs = input_digests(args, digests)
     except USER_ERRORS as error:
         if ranks.size == 1:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.answers import ready_to_answer, warn_of_length
-from parts.chat import ChatTemplate, end_of_turn, load_template
+from parts.chat import ChatTemplate, end_of_turn
 from parts.cli import warn
 from parts.continuous_batching import generate_rows
 from parts.decoder_batch import bytes_of_row
@@ -91,11 +91,16 @@ def answers_alone(args: argparse.Namespace) -> Iterator[None]:
         yield
 
 
-def answer_prompts(model: nn.Module, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def answer_prompts(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    template: ChatTemplate | None = None,
+) -> None:
     """Write an answer to each of `args.prompts` to standard output, in their order and as soon as
-    that allows, and how fast that was to standard error.
+    that allows, and how fast that was to standard error. template: of chats, where there are any.
     """
-    rows = make_rows(args.prompts, tokenizer, args)
+    rows = make_rows(args.prompts, tokenizer, args, template)
     longest = max(len(row.prompt_ids) for row in rows)
     warn_of_length(longest, model)
     n_together = args.rows or rows_that_fit(model, longest + args.num_tokens)
@@ -133,20 +138,22 @@ def rows_that_fit(model: nn.Module, length: int) -> int:
 
 
 def make_rows(
-    prompts: list[Prompt], tokenizer: Tokenizer, args: argparse.Namespace
+    prompts: list[Prompt],
+    tokenizer: Tokenizer,
+    args: argparse.Namespace,
+    template: ChatTemplate | None,
 ) -> list[AnswerRow]:
     """Return the row of each prompt; with `--chat`, a text is a user's message. Raises ValueError,
     which names file and line.
     """
-    rows, ends, stops, template = [], tokenizer.eos_ids, args.stop, None
+    rows, ends, stops = [], tokenizer.eos_ids, args.stop
+    if template is not None:
+        turn_ends, turn_stops = end_of_turn(template, tokenizer)
+        ends, stops = ends | turn_ends, [*stops, *turn_stops]
     for prompt in prompts:
         content = prompt.content
         if args.chat and not isinstance(content, Chat):
             content = Chat([{"role": "user", "content": content}], None)
-        if isinstance(content, Chat) and template is None:
-            template = load_template(args.chat_template, tokenizer.path.parent, tokenizer)
-            turn_ends, turn_stops = end_of_turn(template, tokenizer)
-            ends, stops = ends | turn_ends, [*stops, *turn_stops]
         try:
             ids = prompt_ids(content, tokenizer, template)
         except ValueError as error:

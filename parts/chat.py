@@ -262,6 +262,15 @@ def end_of_turn(
     return frozenset(), (rest,) if rest else ()
 
 
+def open_template(choice: str | None, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """Return the template as `load_template` does, once it has rendered a question and an answer.
+    Raises ValueError or FileNotFoundError.
+    """
+    template = load_template(choice, folder, tokenizer)
+    end_of_turn(template, tokenizer)
+    return template
+
+
 # -------------------------------------------------------------------------------------------------
 # What the assistant answers
 

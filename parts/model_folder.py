@@ -44,25 +44,6 @@ FOREIGN_FILES = (  # what only other models' folders hold
 # Read
 
 
-def load(
-    folder: Path,
-    model_class: type[nn.Module],
-    args_class: type,
-    quantizable: Callable[[str, nn.Module], bool],
-    dtype: mx.Dtype,
-    special_tokens: bool = False,
-) -> tuple[nn.Module, tokenizers.Tokenizer]:
-    """Return the model, as `read_config` and `load_weights` do, and its tokenizer, which reads the
-    special tokens that texts name where `special_tokens` says so.
-
-    Raises FileNotFoundError or ValueError when a file is missing, malformed or does not fit, and
-    MemoryError when the memory does not hold the weights.
-    """
-    model, tokenizer = open_empty(folder, model_class, args_class, quantizable, special_tokens)
-    load_weights(model, folder / "weights.npz", dtype)
-    return model, tokenizer
-
-
 def open_empty(
     folder: Path,
     model_class: type[nn.Module],
@@ -70,7 +51,11 @@ def open_empty(
     quantizable: Callable[[str, nn.Module], bool],
     special_tokens: bool = False,
 ) -> tuple[nn.Module, tokenizers.Tokenizer]:
-    """Return the model as `load` does, without its weights, and its tokenizer."""
+    """Return the model, as `read_config` does, and its tokenizer, which reads the special tokens
+    that texts name where `special_tokens` says so. `load_weights` fills the model.
+
+    Raises FileNotFoundError or ValueError when a file is missing or malformed.
+    """
     tokenizer_file = tokenizers.tokenizer_file(folder)
     for path in (folder / "params.json", folder / "weights.npz", tokenizer_file):
         if not path.is_file():

@@ -105,6 +105,15 @@ def template_of(records: Records, tokenizer: Tokenizer, chat_template: str | Non
         raise FileNotFoundError(f"{records.path} holds chats: {error}") from error
 
 
+def try_template(
+    records: Records, tokenizer: Tokenizer, mask_prompt: bool, chat_template: str | None
+) -> None:
+    """Raise what `encode_records` would for the first record, if it is a chat."""
+    if records.kind == "chat":
+        template = template_of(records, tokenizer, chat_template)
+        find_source(records, 0, tokenizer, mask_prompt, template)
+
+
 def saved_rows(records: Records, tokenizer: Tokenizer, key: list) -> TokenRows | None:
     """Return the rows that are kept next to a file; None where there are none of this key."""
     if records.saved is None or records.saved.about.get("key") != key:
@@ -168,15 +177,22 @@ def batches_of_sources(
     """Yield the index of the first of some records, and the source of each of these."""
     first, sources, size = 0, [], 0
     for i in range(len(records)):
-        try:
-            sources.append(source_of(records[i], tokenizer, masked, template))
-        except ValueError as error:
-            where = "" if str(error).startswith(str(records.path)) else f"{records.place(i)}: "
-            raise ValueError(f"{where}{error}") from error
+        sources.append(find_source(records, i, tokenizer, masked, template))
         size += len(sources[-1].text)
         if size >= BATCH or i == len(records) - 1:
             yield first, sources
             first, sources, size = i + 1, [], 0
+
+
+def find_source(
+    records: Records, i: int, tokenizer: Tokenizer, masked: bool, template: ChatTemplate | None
+) -> Source:
+    """Return what is encoded of a file's record i. Raises ValueError, which names file and line."""
+    try:
+        return source_of(records[i], tokenizer, masked, template)
+    except ValueError as error:
+        where = "" if str(error).startswith(str(records.path)) else f"{records.place(i)}: "
+        raise ValueError(f"{where}{error}") from error
 
 
 def source_of(

@@ -3,10 +3,12 @@ on a terminal and in a pipe.
 """
 
 import io
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import sys
 import time
 from itertools import islice
@@ -19,7 +21,7 @@ from test_chat import folder as tokenizer_folder  # noqa: F401  a fixture
 from test_chat import said
 
 from parts import decoder, kv_cache, talk  # before MLX, for its BLAS
-from parts.chat import BUILT_IN, ChatTemplate, encode_prompt, end_of_turn
+from parts.chat import BUILT_IN, ChatTemplate, encode_prompt, end_of_turn, load_template
 from parts.conversation import Conversation
 from parts.decoder import Decoder, generate_step
 from parts.kv_cache import KVCache
@@ -72,7 +74,7 @@ def arguments(*flags):
 def load(folder, *flags):
     """A conversation, its model and its tokenizer."""
     model, tokenizer = lora.load_model(folder, mx.float32)
-    template = lora.load_template(None, folder, tokenizer)
+    template = load_template(None, folder, tokenizer)
     return Conversation(model, tokenizer, template, arguments(*flags)), model, tokenizer
 
 
@@ -127,10 +129,41 @@ def test_the_end_of_a_turn_is_text_where_no_token_stands_for_it(tiny_model):
     assert end_of_turn(ChatTemplate(plain, "t", "", ""), tokenizer) == (frozenset(), ())
 
 
-def test_a_model_without_a_template_says_what_to_give(tiny_model, data):
-    process = call_script("lora.py", "--model", tiny_model, "--no-adapter", "--chat", "-p", "hi")
+@pytest.fixture
+def model_without_weights(tiny_model, tmp_path):
+    """What is found before these are read ends a run with another message than theirs."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    (tmp_path / "model" / "weights.npz").write_bytes(b"none")
+    return tmp_path / "model"
+
+
+def test_a_model_without_a_template_says_what_to_give(model_without_weights):
+    flags = "--model", model_without_weights, "--no-adapter", "--chat", "-p", "hi"
+    process = call_script("lora.py", *flags)
     assert process.returncode == 2
     assert "has no chat_template.jinja, which chats need: give --chat-template" in process.stderr
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ raise_exception('no') }}"])
+def test_a_template_that_does_not_work_is_found_before_the_weights_are_read(
+    model_without_weights, source, tmp_path
+):
+    (tmp_path / "t.jinja").write_text(source)
+    for name in ("test.jsonl", "prompts"):
+        (tmp_path / name).write_text(json.dumps({"messages": said("a", "b")}))
+    flags = (
+        "--model",
+        model_without_weights,
+        "--no-adapter",
+        "--chat-template",
+        tmp_path / "t.jinja",
+    )
+    for what in (
+        ["--chat", "-p", "hi"], ["--prompts", tmp_path / "prompts"], ["--test", "--data", tmp_path],
+    ):  # fmt: skip
+        process = call_script("lora.py", *flags, *what)
+        assert process.returncode == 2
+        assert "t.jinja does not work: " in process.stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -181,7 +214,7 @@ def test_three_turns_are_what_the_whole_chat_at_once_is(chat_model, monkeypatch)
 def test_an_answer_that_is_read_as_other_tokens_than_it_was_written_in_changes_nothing(tiny_model):
     """Of a random model, in pieces that no tokenizer makes of their text, and parts of letters."""
     model, tokenizer = lora.load_model(tiny_model, mx.float32)
-    template = lora.load_template("mistral", tiny_model, tokenizer)
+    template = load_template("mistral", tiny_model, tokenizer)
     conversation = Conversation(model, tokenizer, template, arguments("-n", 12))
     was_read_otherwise = False
     for question in ("Hello", "你好 😀", "And?"):
