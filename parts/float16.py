@@ -5,16 +5,18 @@ bfloat16, and torch what few checkpoints still hold.
 """
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 
 CHUNK = 2**17  # values that are cast at a time: the processor's cache holds them
-SIGN, REST = 0x8000, 0x7FFF  # of the bits of both types
+REST = 0x7FFF  # of the bits of both types, without the sign
 FRACTION = 7  # bits of bfloat16's fraction; its exponent counts from 127, float16's from 15
 # The exponents, as bfloat16 has them, of those values that have the form of others in float16 ...
 NORMAL = range(127 - 14, 127 + 16)
 EXACT = range(127 - 17, 127 + 16)  # ... and of those that float16 need not round
-GROUP = 8  # neighbours that are cast with care where one of them needs it
+NORMAL_BITS = NORMAL.start << FRACTION  # of the least that is not among these others
+GROUP = 8  # neighbours that are looked up where one of them needs it
 
 
 def to_float16(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -43,9 +45,9 @@ def round_to_float16(bits: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(bits)
     for chunk in chunks(bits):
         groups, rest = split_groups(chunk)
-        beyond = find_beyond(groups, EXACT)
-        groups[beyond] = to_bfloat16(cast_with_care(groups[beyond]))
-        rest[:] = to_bfloat16(cast_with_care(rest))
+        _, beyond = find_beyond(groups, EXACT)
+        groups[beyond] = to_bfloat16(look_up(groups[beyond]))
+        rest[:] = to_bfloat16(look_up(rest))
     return bits
 
 
@@ -59,16 +61,16 @@ def cast_in_place(bits: np.ndarray) -> None:
     """Turn bfloat16's bits into float16's. Raises OverflowError.
 
     Where a value is in the normal range of float16, its exponent is counted from 15 in place of
-    127, and its fraction has three bits more, which are zeros. Others are cast one by one.
+    127, and its fraction has three bits more, which are zeros: but for the sign, the bits are eight
+    times as many, less the difference of the exponents. Others are looked up.
     """
     groups, rest = split_groups(bits)
-    rest[:] = cast_with_care(rest)
-    beyond = find_beyond(groups, NORMAL)
-    others = cast_with_care(groups[beyond])
-    half = groups * 8  # which loses the sign, and of the exponent what is lost anyway
-    half -= (127 - 15 << FRACTION + 3) & 0xFFFF
-    groups &= SIGN
-    groups |= half
+    rest[:] = look_up(rest)
+    above, beyond = find_beyond(groups, NORMAL)
+    others = look_up(groups[beyond])
+    above *= 7
+    groups += above
+    groups -= NORMAL_BITS - (1 << FRACTION + 3)
     groups[beyond] = others
 
 
@@ -78,19 +80,29 @@ def split_groups(bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return bits[:n].reshape(-1, GROUP), bits[n:]
 
 
-def find_beyond(groups: np.ndarray, exponents: range) -> np.ndarray:
-    """Return the indices of the groups in which a bfloat16 has another exponent."""
-    above = (groups & REST) - (exponents.start << FRACTION)  # unsigned: what is below wraps around
+def find_beyond(groups: np.ndarray, exponents: range) -> tuple[np.ndarray, np.ndarray]:
+    """Return how far bfloat16's bits are above the first of the exponents, but for the sign, and
+    the indices of the groups in which one has another exponent.
+    """
+    above = groups & REST
+    above -= exponents.start << FRACTION  # unsigned: what is below wraps around
     is_beyond = above >= len(exponents) << FRACTION
-    return np.flatnonzero(is_beyond.view(np.uint64) != 0)
+    return above, np.flatnonzero(is_beyond.view(np.uint64) != 0)
 
 
-def cast_with_care(bits: np.ndarray) -> np.ndarray:
+def look_up(bits: np.ndarray) -> np.ndarray:
     """Return bfloat16's bits as float16's, whatever the values. Raises OverflowError."""
-    with np.errstate(over="ignore"):
-        half = (bits.astype(np.uint32) << 16).view(np.float32).astype(np.float16).view(np.uint16)
+    half = every_float16()[bits]
     check_finite(half)
     return half
+
+
+@lru_cache
+def every_float16() -> np.ndarray:
+    """Return float16's bits for each of bfloat16's."""
+    bits = np.arange(2**16, dtype=np.uint32) << 16
+    with np.errstate(over="ignore"):
+        return bits.view(np.float32).astype(np.float16).view(np.uint16)
 
 
 def to_bfloat16(half: np.ndarray) -> np.ndarray:
