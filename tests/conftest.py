@@ -25,6 +25,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # an M5 would compute float32 with ten bits less
+# Threads of a BLAS that wait for their next product leave the cores to the other tests. By default
+# they spin for 0.2 s after each one.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from parts import device  # noqa: E402  before MLX, for its BLAS
 
