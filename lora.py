@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to do (at least one)").add_argument
     add("--train", action="store_true", help="train adapters")
     add("--test", action="store_true", help="compute the loss on the test set")
-    add("--prompt", "-p", help="generate text that goes on from this; - reads it")
+    add("--prompt", "-p", help="generate text that continues this; - reads it")
     add_asking_flags(add)
 
     add = parser.add_argument_group("model").add_argument
@@ -127,8 +127,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-seq-length", type=LENGTH, default=2048, help="tokens of a text at most")
     add(
         "--resume-adapter-file",
-        help="adapters to go on from: where they were saved, or as the start of a new run if no "
-        "state lies beside them, or if they are a folder of PEFT's or mlx-lm's",
+        help="adapters to resume from, where they were saved; or the start of a new run, if no "
+        "state lies next to them, or if they are a folder of PEFT's or mlx-lm's",
     )
     add("--steps-per-report", type=COUNT, default=10, help="steps between two reports")
     add("--steps-per-eval", type=COUNT, default=200, help="steps between two validations")
@@ -689,7 +689,7 @@ def main() -> None:
                 with answers_alone(args):
                     run(args, ranks)
         except Stopped as stop:
-            cli.leave(128 + stop.signum, f"{stop}; go on with: {resuming_command(args)}")
+            cli.leave(128 + stop.signum, f"{stop}; resume with: {resuming_command(args)}")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ def is_public(name: str | None) -> bool:
 
 
 def identity(value: object) -> object:
-    """The object behind a class's or an instance's method, which is made anew at each look-up."""
+    """The object behind a class's or an instance's method, which is made again at each look-up."""
     if is_a(value, (classmethod, staticmethod, MethodType)):
         return attribute(value, "__func__")
     if is_a(value, BuiltinFunctionType):

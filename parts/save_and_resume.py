@@ -137,7 +137,7 @@ class RunState:
         self.meter.iteration = saved.iteration
         self.meter.steps, self.meter.seconds = saved.steps, saved.seconds
         self.meter.start_loss, self.meter.warned = saved.start_loss, saved.warned
-        say(f"The run goes on after iteration {saved.iteration}")
+        say(f"The run resumes after iteration {saved.iteration}")
 
     def _parse(self, state: dict[str, np.ndarray]) -> Snapshot:
         """Return the run that a state file holds. Raises KeyError or ValueError."""
@@ -256,7 +256,7 @@ class RunState:
                 warn(f"iteration {iteration} could not be saved to {self.adapter_file}: {lost}")
                 raise error from lost
             raise RuntimeError(
-                f"{error}; iteration {iteration} is saved, go on with "
+                f"{error}; iteration {iteration} is saved, resume with "
                 f"--resume-adapter-file {self.adapter_file}"
             ) from error
 

@@ -17,7 +17,7 @@ from parts.tokenizers import Tokenizer
 
 import mlx.nn as nn
 
-COMMANDS = "/reset begins anew, /system TEXT says how to answer, /quit or Ctrl-D leaves"
+COMMANDS = "/reset starts again, /system TEXT says how to answer, /quit or Ctrl-D leaves"
 
 
 def converse(

@@ -199,7 +199,7 @@ class TokenWriter:
     def _give_up(self, error: OSError) -> None:
         """Go on in a temporary file."""
         path = cache_file(self._data)
-        warn(f"{path} cannot be written, so that each start tokenizes anew: {error}")
+        warn(f"{path} cannot be written, so that each start tokenizes again: {error}")
         kept, self._is_kept = self._file, False
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         if kept is not None:

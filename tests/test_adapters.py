@@ -294,7 +294,7 @@ def test_a_resumed_run_with_dropout_ends_as_one_never_interrupted(
     adapter = tmp_path / "adapters.npz"
     assert train(quantized, data, adapter, 4).returncode == 0
     process = train(quantized, data, adapter, 6, "--resume-adapter-file", adapter)
-    assert "The run goes on after iteration 4" in process.stdout
+    assert "The run resumes after iteration 4" in process.stdout
     assert adapter.read_bytes() == trained[1].read_bytes()
 
 

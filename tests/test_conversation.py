@@ -257,7 +257,7 @@ def test_an_error_amid_an_answer_costs_the_cache_and_nothing_else(chat_model):
     assert_caches_hold(conversation, model, conversation._ids)
 
 
-def test_a_window_that_has_lost_what_a_turn_needs_is_computed_anew(chat_model, monkeypatch):
+def test_a_window_that_has_lost_what_a_turn_needs_is_computed_again(chat_model, monkeypatch):
     """What comes after a change in the first message is all new."""
     monkeypatch.setattr(kv_cache, "STEP", 16)
     conversation, model, _ = load(chat_model)
@@ -420,7 +420,7 @@ def test_a_conversation_on_a_terminal(chat_model):
     terminal.expect("/quit or Ctrl-D leaves")
     terminal.expect("> ")
     terminal.send("/help\n")
-    terminal.expect("there is no /help: /reset begins anew")
+    terminal.expect("there is no /help: /reset starts again")
     terminal.send("/system\n")
     terminal.send("/reset\n")
     terminal.send("🦙\n")

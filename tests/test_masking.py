@@ -235,7 +235,7 @@ def test_a_resumed_run_ends_as_one_never_stopped_and_ranks_as_one_process(
         + ["--resume-adapter-file", str(ranks)],
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * SLOWNESS,
     )  # fmt: skip
-    assert "The run goes on after iteration 2" in process.stdout, process.stderr
+    assert "The run resumes after iteration 2" in process.stdout, process.stderr
     ours, theirs = read_adapter(ranks), read_adapter(whole)
     for name, matrix in theirs.items():
         np.testing.assert_allclose(ours[name], matrix, rtol=0, atol=1e-4, err_msg=name)

@@ -258,7 +258,7 @@ def test_a_run_of_killed_ranks_goes_on_with_another_number_of_them(
     resumed = [*flags, "--resume-adapter-file", "adapters.npz"]
     statuses, output, errors = end(start_ranks(n_later, tmp_path, *resumed))
     assert statuses == [0] * n_later, errors
-    assert "The run goes on after iteration" in output
+    assert "The run resumes after iteration" in output
     folder, expected = alone
     assert math.log(perplexity_of(output)) == pytest.approx(
         math.log(perplexity_of(expected)), rel=1e-6
@@ -288,7 +288,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path)
     ranks[1].send_signal(signal.SIGINT)
     statuses, _, errors = end(ranks)
     assert statuses == [143, 130]
-    assert re.match(r"lora\.py: stopped at iteration \d+; go on with: ", errors[0])
+    assert re.match(r"lora\.py: stopped at iteration \d+; resume with: ", errors[0])
     assert errors[1] == ""
     with np.load(tmp_path / "adapters.state.npz") as state:
         assert f"iteration {state['iteration']};" in errors[0]

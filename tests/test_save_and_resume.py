@@ -138,7 +138,7 @@ def test_a_run_killed_with_the_state_in_its_place_and_the_adapters_not_goes_on_f
         "lora.py", *flags, "--adapter-file", adapter, "--resume-adapter-file", adapter
     )
     assert process.returncode == 0, process.stderr
-    assert "The run goes on after iteration 1" in process.stdout
+    assert "The run resumes after iteration 1" in process.stdout
     assert adapter.read_bytes() == uninterrupted.read_bytes()
 
 
@@ -154,7 +154,7 @@ def test_a_signal_ends_the_run_after_a_step_and_says_how_to_go_on(
     _, errors = process.communicate(timeout=60 * SLOWNESS)
     assert process.returncode == status
     (line,) = errors.splitlines()
-    command = shlex.split(line.partition("go on with: ")[2])
+    command = shlex.split(line.partition("resume with: ")[2])
     assert command[0] == "python"
     subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "adapters.npz").read_bytes() == uninterrupted.read_bytes()
@@ -224,7 +224,7 @@ def test_output_that_nobody_reads_any_more_costs_no_step(flags, uninterrupted, t
     assert process.wait(60 * SLOWNESS) == 1
     assert process.stderr.read() == ""
     resumed = run_script("lora.py", *flags, "--resume-adapter-file", "adapters.npz", cwd=tmp_path)
-    assert int(re.search(r"goes on after iteration (\d+)", resumed.stdout)[1]) > 7
+    assert int(re.search(r"resumes after iteration (\d+)", resumed.stdout)[1]) > 7
     assert (tmp_path / "adapters.npz").read_bytes() == uninterrupted.read_bytes()
 
 
@@ -475,7 +475,7 @@ def test_an_error_of_the_device_costs_no_more_than_the_steps_since_the_last_repo
     assert process.returncode == 1
     (line,) = process.stderr.splitlines()
     assert line.startswith("lora.py: error: [Inverse")
-    assert line.endswith(f"; iteration 35 is saved, go on with --resume-adapter-file {adapter}")
+    assert line.endswith(f"; iteration 35 is saved, resume with --resume-adapter-file {adapter}")
     process = run_script("lora.py", *options, "--resume-adapter-file", adapter)
     assert process.returncode == 0, process.stderr
     assert adapter.read_bytes() == uninterrupted.read_bytes()

@@ -211,7 +211,7 @@ def test_a_disk_that_does_not_take_it_is_a_warning(tmp_path, reason):
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert names(disk) == ["train.jsonl"]
     (warning,) = process.stderr.splitlines()
-    assert "train.jsonl.tokens cannot be written, so that each start tokenizes anew" in warning
+    assert "train.jsonl.tokens cannot be written, so that each start tokenizes again" in warning
     assert reason in warning
     assert json.loads(process.stdout) == rows_of(opened(write(tmp_path / "a.jsonl"))) * 100
 

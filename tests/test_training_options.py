@@ -458,7 +458,7 @@ def test_a_folder_that_is_converted_again_by_a_later_version_resumes_its_runs(
     assert train(*flags, "--iters", 1).returncode == 0
     (folder / "params.json").write_text(json.dumps({**params, "max_position_embeddings": 2048}))
     resumed = train(*flags, "--iters", 2, "--resume-adapter-file", tmp_path / "a.npz")
-    assert "The run goes on after iteration 1" in resumed.stdout, resumed.stderr
+    assert "The run resumes after iteration 1" in resumed.stdout, resumed.stderr
 
 
 def test_reports_without_a_finite_step_have_no_learning_rate(tiny_model, data, tmp_path):
