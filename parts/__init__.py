@@ -4,7 +4,7 @@ Scripts import parts, parts never import scripts. What the readers of the data s
 with (all but near_copies) imports neither MLX nor NumPy; a module that imports MLX imports device
 before it.
 
-python_version    one line where Python is too old
+python_version    one line where Python is too old; Ctrl-C while a script imports
 device            which device computes, and its BLAS, streams and memory
 ops               the one door: each operation's CPU form, CUDA kernel, or MLX's own
 ops_cpu           what a CPU needs, with its gradients

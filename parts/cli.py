@@ -162,6 +162,8 @@ def exit_statuses(
     advice: returns what helps against an error, or None. Other errors are the suite's own: they
     pass, with their traceback.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as python_version has it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """The command line that all scripts share."""
 
+import signal
 import subprocess
 import sys
 
@@ -36,6 +37,18 @@ def test_an_error_is_one_line_and_a_status(error, status, line, monkeypatch, cap
     assert exit.value.code == status
     assert capsys.readouterr().err.startswith(line)
     assert line.count("\n") <= 1
+
+
+def test_ctrl_c_while_a_script_imports_has_no_traceback():
+    command = [sys.executable, "-X", "importtime", ROOT / "lora.py", "--help"]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        while "numpy._core" not in process.stderr.readline():
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        rest = process.stderr.read()
+    assert process.returncode == -signal.SIGINT  # 130 in a shell
+    assert "Traceback" not in rest
 
 
 def test_an_error_of_the_suites_own_keeps_its_traceback():
