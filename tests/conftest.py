@@ -5,6 +5,7 @@ import inspect
 import io
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -133,6 +134,33 @@ def call_script(script: str, *arguments: str | Path) -> subprocess.CompletedProc
         output.flush()
     texts = [output.buffer.getvalue().decode() for output in outputs]
     return subprocess.CompletedProcess([script, *arguments], status or 0, *texts)
+
+
+def launch_ranks(n: int, *arguments: str | Path, cwd: Path | None = None, **env: str):
+    """Run lora.py on `n` ranks of this machine by `mlx.launch`; gives the finished launcher with
+    its output as text.
+
+    The launcher polls without a pause while a rank's standard input has room, and at the end of its
+    own. So it is given more than the pipes hold, and no end.
+    """
+    launcher = subprocess.Popen(
+        [Path(sys.executable).with_name("mlx.launch"), "-n", str(n)]
+        + ["-p", str(random.randrange(20000, 32000, 10)), "--"]
+        + [sys.executable, ROOT / "lora.py", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    launcher.stdin.write("\n" * 2**18)
+    launcher.stdin.flush()
+    launcher.wait(300 * SLOWNESS)
+    output, errors = launcher.stdout.read(), launcher.stderr.read()
+    with suppress(BrokenPipeError):
+        launcher.communicate()
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, output, errors)
 
 
 def wait_for(process: subprocess.Popen, text: str) -> None:

@@ -4,11 +4,8 @@ lever of parts/device.py: the scripts themselves, in processes of their own.
 
 import io
 import json
-import os
-import random
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +15,8 @@ import torch
 from conftest import (
     MISTRAL_TOKENIZER,
     QUICK,
-    ROOT,
     TINY,
+    launch_ranks,
     run_script,
     write_jsonl,
     write_quick_model,
@@ -267,16 +264,7 @@ def test_metals_path_trains_tests_and_generates_as_a_cpu_does_alone_and_with_a_s
     assert actual.partition("Generating")[2] == expected.partition("Generating")[2]
     assert_same_adapters(tmp_path / "metal.npz", tmp_path / "cpu.npz")
 
-    port = str(random.randrange(20000, 32000, 10))
-    launch = [Path(sys.executable).with_name("mlx.launch"), "-n", "2", "-p", port, "--"]
-    process = subprocess.run(
-        [*launch, sys.executable, ROOT / "lora.py", *flags, tmp_path / "ranks.npz"],
-        env={**os.environ, **METAL},
-        stdin=subprocess.PIPE,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = launch_ranks(2, *flags, tmp_path / "ranks.npz", **METAL)
     assert losses(process.stdout) == pytest.approx(losses(expected), abs=1.5e-3)
     assert_same_adapters(tmp_path / "ranks.npz", tmp_path / "cpu.npz")
 

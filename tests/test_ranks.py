@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, RUN_FILES, SLOWNESS, wait_for, write_jsonl
+from conftest import ROOT, RUN_FILES, SLOWNESS, launch_ranks, wait_for, write_jsonl
 
 from parts.adapters import read_adapter
 from parts.ranks import PROBES, RENDEZVOUS_TIMEOUT
@@ -40,11 +40,11 @@ lora.main()
 
 @pytest.fixture(scope="module")
 def flags(tiny_model, data) -> list[str]:
-    """A run of 30 steps. The validation set's last batch has rows for three ranks of four."""
+    """A run of 20 steps. The validation set's last batch has rows for three ranks of four."""
     return [
-        "--model", str(tiny_model), "--data", str(data), "--train", "--test", "--iters", "30",
+        "--model", str(tiny_model), "--data", str(data), "--train", "--test", "--iters", "20",
         "--learning-rate", "1e-3", "--save-every", "5", "--steps-per-report", "1",
-        "--steps-per-eval", "15", "--val-batches", "-1", "--seed", "5", "--lora-projections", "all",
+        "--steps-per-eval", "10", "--val-batches", "-1", "--seed", "5", "--lora-projections", "all",
         "--lora-dropout", "0.1",
     ]  # fmt: skip
 
@@ -145,20 +145,9 @@ def perplexity_of(output: str) -> float:
 def test_ranks_train_as_one_process_does(flags, alone, tmp_path):
     """What four compute is below."""
     folder, output = alone
-    launch = Path(sys.executable).with_name("mlx.launch")
-    port = str(random.randrange(20000, 32000, 10))
-    process = subprocess.Popen(
-        [launch, "-n", "2", "-p", port, "--", sys.executable, ROOT / "lora.py", *flags],
-        cwd=tmp_path,
-        stdin=subprocess.PIPE,  # at its end, the launcher would read it again and again
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    process.wait(120 * SLOWNESS)
-    ours, errors = process.stdout.read(), process.stderr.read()
-    process.communicate()
-    assert errors == ""
+    process = launch_ranks(2, *flags, cwd=tmp_path)
+    assert process.stderr == ""
+    ours = process.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == RUN_FILES
     assert math.log(perplexity_of(ours)) == pytest.approx(math.log(perplexity_of(output)), rel=1e-6)
     assert len(ours.splitlines()) == len(output.splitlines())
@@ -212,7 +201,7 @@ def test_two_hosts_train_as_one_process_does_and_send_what_the_formula_says(
             rank.send_signal(signal.SIGCONT)
         return np.array(counts)
 
-    before, after = count("Iter 5: Train loss"), count("Iter 27: Train loss")
+    before, after = count("Iter 5: Train loss"), count("Iter 18: Train loss")
     n_steps, sent = after - before
     statuses, _, errors = end(ranks)
     assert statuses == [0, 0], errors
@@ -241,15 +230,15 @@ def assert_lost(ranks: list[subprocess.Popen], victim: int) -> None:
 @pytest.mark.parametrize(
     "when, n, victim, n_later",
     [
-        ("Iter 12: Train loss", 2, 1, 1),
-        ("Iter 18: Train loss", 1, 0, 4),
-        ("Iter 15: Train loss", 2, 0, 1),
+        ("Iter 7: Train loss", 2, 1, 1),
+        ("Iter 13: Train loss", 1, 0, 4),
+        ("Iter 10: Train loss", 2, 0, 1),
     ],
 )
 def test_a_run_of_killed_ranks_goes_on_with_another_number_of_them(
     flags, alone, tmp_path, when, n, victim, n_later
 ):
-    """Behind step 15 comes an evaluation, which the last kill falls into."""
+    """Behind step 10 comes an evaluation, which the last kill falls into."""
     ranks = start_ranks(n, tmp_path, *flags)
     wait_for(ranks[0], when)
     ranks[victim].kill()
@@ -284,7 +273,7 @@ def test_a_rank_that_never_comes_is_named(flags, tmp_path):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path):
     ranks = start_ranks(2, tmp_path, *flags)
-    wait_for(ranks[0], "Iter 10: Train loss")
+    wait_for(ranks[0], "Iter 5: Train loss")
     ranks[1].send_signal(signal.SIGINT)
     statuses, _, errors = end(ranks)
     assert statuses == [143, 130]
