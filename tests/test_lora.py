@@ -422,7 +422,7 @@ def test_the_adapter_file_holds_the_lora_matrices_and_nothing_else(trained):
 
 def test_one_seed_gives_the_same_adapters_byte_for_byte(tiny_model, data, tmp_path):
     files = []
-    for i, (seed, run) in enumerate([(3, run_script), (3, run_script), (4, call_script)]):
+    for i, (seed, run) in enumerate([(3, run_script), (3, call_script), (4, call_script)]):
         files.append(tmp_path / f"{i}.npz")
         process = train_script(
             tiny_model, data, "--iters", 3, "--seed", seed, "--adapter-file", files[-1], run=run
@@ -521,7 +521,7 @@ def test_generated_text_follows_the_prompt_and_nothing_else_does(tiny_model, tmp
 
 def test_a_prompt_is_read_from_standard_input(tiny_model):
     flags = ("--model", tiny_model, "--no-adapter", "-n", "5", "--temp", "0", "--prompt")
-    given = run_script("lora.py", *flags, "Two\nlines 🦙")
+    given = call_script("lora.py", *flags, "Two\nlines 🦙")
     read = subprocess.run(
         [sys.executable, ROOT / "lora.py", *flags, "-"],
         input="Two\nlines 🦙",
@@ -550,8 +550,8 @@ def test_a_prompts_file_is_answered_as_its_text_is_and_a_text_stays_as_it_is(tin
     command = [sys.executable, ROOT / "lora.py", *flags, "-"]
     file = b"\xef\xbb\xbfQ: What?\r\nA:\r\n"
     read = subprocess.run(command, input=file, capture_output=True, check=True).stdout.decode()
-    assert read == run_script("lora.py", *flags, "Q: What?\nA:").stdout
-    given = run_script("lora.py", *flags, "A:\r\n")
+    assert read == call_script("lora.py", *flags, "Q: What?\nA:").stdout
+    given = call_script("lora.py", *flags, "A:\r\n")
     (_, head, text) = given.stdout.replace("\r\n", "\n").partition("Generating\nA:\n")
     assert head and text
     process = subprocess.run(command, input=b"\xff", capture_output=True)

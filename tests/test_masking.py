@@ -2,17 +2,14 @@
 
 import json
 import os
-import random
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SLOWNESS, call_script
+from conftest import call_script, launch_ranks
 
 from parts import device  # before MLX, for its BLAS
 from parts.adapters import read_adapter, to_vector
@@ -226,15 +223,9 @@ def test_a_resumed_run_ends_as_one_never_stopped_and_ranks_as_one_process(
 
     if kind == "completions":
         return
-    launch = Path(sys.executable).with_name("mlx.launch")
-    port = str(random.randrange(20000, 32000, 10))
     flags += ["--model", tiny_model, "--data", folder, "--train", *FLAGS, "--learning-rate", 1e-2]
-    command = [launch, "-n", "2", "-p", port, "--", sys.executable, ROOT / "lora.py", *flags]
-    process = subprocess.run(
-        [*map(str, command), "--iters", "6", "--adapter-file", str(ranks)]
-        + ["--resume-adapter-file", str(ranks)],
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120 * SLOWNESS,
-    )  # fmt: skip
+    resumed = "--iters", 6, "--adapter-file", ranks, "--resume-adapter-file", ranks
+    process = launch_ranks(2, *flags, *resumed)
     assert "The run resumes after iteration 2" in process.stdout, process.stderr
     ours, theirs = read_adapter(ranks), read_adapter(whole)
     for name, matrix in theirs.items():
