@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import datasets
 import mlx.core as mx
 import pytest
 import sentencepiece
@@ -405,6 +404,8 @@ def test_tokens_are_counted_with_the_tokenizer_given(tmp_path):
 
 
 def test_hugging_faces_datasets_reads_the_files(mlx_data, tmp_path):
+    import datasets  # here, as it takes a second
+
     files = {"train": str(mlx_data / "train.jsonl"), "test": str(mlx_data / "test.jsonl")}
     loaded = datasets.load_dataset("json", data_files=files, cache_dir=str(tmp_path))
     assert loaded["train"]["text"][:] == read(mlx_data)["train.jsonl"]
