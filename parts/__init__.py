@@ -27,7 +27,7 @@ answers           the text that follows a prompt, as the flags want it
 conversation      what a user and a model say, turn by turn, with one cache
 talk              a conversation on a terminal, from a pipe, or of one message
 decoder_batch     many texts at once, token by token
-decoder_batch_cpu  their layers as few operations
+decoder_batch_cpu  their steps in NumPy, with weights in blocks
 decoder_batch_cuda  their attention in one kernel: decoder_batch_cuda.cu
 continuous_batching  rows of a batch, which other texts take over when theirs end
 batch_generation  answers to a file of prompts, as JSON

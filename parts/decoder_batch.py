@@ -19,7 +19,7 @@ import numpy as np
 
 from parts import device, ops, ops_cpu
 from parts.decoder import PREFETCH, after_attention, before_attention, prefill_step
-from parts.decoder_batch_cpu import cpu_layers
+from parts.decoder_batch_cpu import cpu_decoder
 from parts.decoder_batch_cuda import kernel_layers
 from parts.merged_linear import MergedLinear
 from parts.rope import Rope, amplitude
@@ -45,13 +45,12 @@ class BatchDecoder:
         self._caches = [[self._blank(*size), self._blank(*size)] for _ in model.layers]
         self._output = MergedLinear(model.output_layer)
         self._last = self._caches  # with it all is computed that writes into caches in place
-        self._run = self._way(model)
+        self._cpu_step = cpu_decoder(model) if device.ON_CPU else None
+        self._run = None if self._cpu_step else self._way(model)
 
     def _way(self, model: nn.Module) -> Callable:
         """Return what computes the layers for x (B, 1, D) on this device."""
-        if device.ON_CPU:
-            return partial(self._on_cpu, cpu_layers(model))
-        run = kernel_layers(model)
+        run = None if device.ON_CPU else kernel_layers(model)
         if run:
             return partial(self._by_kernels, run)
         return partial(
@@ -64,14 +63,14 @@ class BatchDecoder:
         """Return the logits (B, V) after `tokens` (B), the newest of each row."""
         if self._end == self._caches[0][0].shape[2]:
             self._move()
+        position = self._end + self._shift
         self._end += 1
-        x = self._run(self._model.tok_embeddings(tokens[:, None]), self._end - 1 + self._shift)
+        if self._cpu_step:
+            columns = slice(self._first(), self._end)
+            return self._cpu_step(tokens, position, columns, self._visible(columns), self._caches)
+        x = self._run(self._model.tok_embeddings(tokens[:, None]), position)
         self._last = x
         return self._output(self._model.norm(x))[:, -1]
-
-    def _on_cpu(self, run: Callable, x: mx.array, position: int) -> mx.array:
-        columns = slice(self._first(), self._end)
-        return run(x, position, columns, self._mask(columns), self._caches)
 
     def _by_kernels(self, run: Callable, x: mx.array, position: int) -> mx.array:
         # Arrays of 8 bytes lie in memory that MLX shares with the processor.
@@ -83,8 +82,12 @@ class BatchDecoder:
     ) -> mx.array:
         # A multiple of columns, so that there are few shapes.
         columns = slice(max(0, self._end - round_up(self._end - self._first())), self._end)
-        place, mask = slice(self._end - 1, self._end), self._mask(columns)
-        position = mx.array(position)  # a number is compiled again
+        place, visible = slice(self._end - 1, self._end), self._visible(columns)
+        mask = None
+        if visible is not None:
+            mask = as_mask(mx.array(visible)[:, None, None], self._model)
+        if not device.ON_CPU:
+            position = mx.array(position)  # a number is compiled again
         layers = zip(self._model.layers, befores, afters, self._caches, strict=True)
         for layer, before, after, cache in layers:
             queries, *new = before(x, position)
@@ -145,13 +148,12 @@ class BatchDecoder:
         first = int(self._starts[self._live].min(initial=self._end))
         return first if self._window is None else max(first, self._end - self._window)
 
-    def _mask(self, columns: slice) -> mx.array | None:
-        """Return the mask of those columns that are before each row's own; None without any."""
+    def _visible(self, columns: slice) -> np.ndarray | None:
+        """Return which of the columns each row sees (B, columns); None where it sees all."""
         starts = self._seen_starts()
         if starts[self._live].max(initial=0) <= columns.start:
             return None
-        visible = mx.arange(columns.start, columns.stop) >= mx.array(starts)[:, None]
-        return as_mask(visible[:, None, None], self._model)
+        return np.arange(columns.start, columns.stop) >= starts[:, None]
 
     def _seen_starts(self) -> np.ndarray:
         """The first column that each row sees."""

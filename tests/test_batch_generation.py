@@ -11,7 +11,7 @@ from itertools import islice
 import pytest
 from conftest import QUICK, ROOT, call_script, write_quick_model
 
-from parts import decoder, decoder_batch, device  # before MLX, for its BLAS
+from parts import decoder, decoder_batch, decoder_batch_cpu, device  # before MLX, for its BLAS
 from parts.batch_generation import AnswerRow, rows_that_fit
 from parts.decoder import generate_step
 from parts.continuous_batching import generate_rows, group_sizes
@@ -49,13 +49,24 @@ class Row:
         return token == self.end or not self.left()
 
 
-@pytest.fixture(params=["here", "as on a GPU"])
-def both_ways(request, monkeypatch):
-    """The device as it is, and in the way of a GPU that has no kernels of ours."""
-    if request.param != "here":
-        if not (device.ON_CPU and shutil.which("g++")):
-            pytest.skip("this is a GPU, or has no compiler for a CPU in its place")
+@pytest.fixture(params=["here", "without room", "without MKL", "as on a GPU"])
+def all_ways(request, models, monkeypatch):
+    """The device as it is; a CPU that has no memory for copies of weights, or no fast BLAS of MLX;
+    and in the way of a GPU that has no kernels of ours.
+    """
+    if request.param != "here" and not device.ON_CPU:
+        pytest.skip("this is a GPU")
+    if request.param == "without room":
+        monkeypatch.setattr(device, "free_memory", lambda: 0)
+    if request.param == "without MKL":
+        monkeypatch.setattr(device, "FAST_BLAS", None)
+    if request.param == "as on a GPU":
+        if not shutil.which("g++"):
+            pytest.skip("no compiler for a CPU in its place")
         monkeypatch.setattr(device, "ON_CPU", False)
+    for model in models.values():
+        vars(model).pop("cpu_decoder", None)
+    monkeypatch.setattr(decoder_batch_cpu, "WIDEST", 24)
     monkeypatch.setattr(decoder_batch, "ROOM", 8)  # so that columns move often
 
 
@@ -88,13 +99,29 @@ def alone(model, row):
 # Rows of a batch
 
 
-@pytest.mark.usefixtures("both_ways")
+@pytest.mark.usefixtures("all_ways")
 @pytest.mark.parametrize("name", [*MODELS, "quantized"])
 def test_each_row_has_the_tokens_that_it_has_alone(models, name):
     rows = make_rows(13)
     ended = list(generate_rows(models[name], rows, 4))
     assert sorted(map(id, ended)) == sorted(map(id, rows))
     assert [row.ids for row in rows] == [alone(models[name], row) for row in rows]
+
+
+@pytest.mark.skipif(not device.ON_CPU, reason="a CPU copies weights")
+def test_copies_of_weights_are_kept_until_a_weight_changes():
+    model = Model(ModelArgs(**SMALL))
+    model.output.weight = model.output.weight * 4
+    rows = make_rows(3)
+    list(generate_rows(model, rows, 3))
+    kept = decoder_batch_cpu.cpu_decoder(model)
+    assert kept and decoder_batch_cpu.cpu_decoder(model) is kept
+    layer = model.layers[1].feed_forward.w2
+    layer.weight = layer.weight * -40
+    again = make_rows(3)
+    list(generate_rows(model, again, 3))
+    assert [row.ids for row in again] == [alone(model, row) for row in again]
+    assert [row.ids for row in again] != [row.ids for row in rows]
 
 
 def test_positions_are_counted_from_0_again_after_many(models, monkeypatch):
