@@ -42,7 +42,6 @@ from parts.flags import BATCHES, COUNT, EPOCHS, LENGTH, RATE, SEED, TEMPERATURE
 from parts.flags import adapter_to_load, add_asking_flags, add_batch_size, add_data_flags
 from parts.flags import add_lora_flags, add_sampling_flags, add_update_flags, check_arguments
 from parts.interrupts import Interrupts, Stopped
-from parts.joined_layers import layers_in_training
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.packing import make_packing, packed_batches
 from parts.prompt_file import has_chats
@@ -56,6 +55,7 @@ from parts.steps import accumulated, make_start_step
 from parts.talk import converse
 from parts.token_rows import TokenRows, encode_records, special_token_warning, try_template
 from parts.tokenizers import Tokenizer
+from parts.training_layers import layers_in_training
 from parts.training import (
     report_steps,
     report_validation,
@@ -399,15 +399,15 @@ def make_step(
     state = [optimizer.state, vector, *layers.state]
     n_values = vector["lora"].size
 
-    def weighted_gradients(*rows: mx.array) -> mx.array:  # and the loss, and 1: (n_values + 2,)
-        (value, n_tokens), gradient = layers.value_and_grad(vector["lora"], *rows)
+    def weighted(result: tuple) -> mx.array:  # the gradient, the loss, and 1: (n_values + 2,)
+        (value, n_tokens), gradient = result
         return mx.concatenate([gradient, mx.stack([value, mx.array(1.0)])]) * n_tokens
 
     def sum_rows(stopping: mx.array, *batch: mx.array) -> mx.array:  # (n_values + 3,), float32
         matrices = model.trainable_parameters()
-        sums = on_each_stream(streams, weighted_gradients, *batch, ranks=ranks)
+        results = layers.on_each_stream(streams, vector["lora"], batch, ranks)
         model.update(matrices)  # for which the gradients leave what they traced
-        total = sum(sums) if sums else mx.zeros(n_values + 2)
+        total = sum(map(weighted, results)) if results else mx.zeros(n_values + 2)
         return mx.concatenate([total, stopping[None]])
 
     def update(total: mx.array) -> tuple[mx.array, ...]:
@@ -505,7 +505,7 @@ def train(
     meter.check_finite()
     interrupts.check(meter.iteration)
     model.grad_checkpoint = False
-    say(f"Peak memory {mx.get_peak_memory() / 1e9:.3f} GB")
+    say(f"Peak memory {device.peak_memory() / 1e9:.3f} GB")
 
 
 # -------------------------------------------------------------------------------------------------

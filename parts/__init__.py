@@ -11,6 +11,11 @@ ops_cpu           what a CPU needs, with its gradients
 ops_cuda          the training kernels of ops_cuda.cu
 quantized_cuda    weights of 4 bits in 16, and times a few vectors: quantized_cuda.cu
 recompute         cheap parts of the network computed again rather than kept
+training_layers   which layers train a model: one of the three that follow
+separate_layers   the model's own
+numpy_training    a CPU's, in NumPy: loss and gradients, a thread for each share of a batch
+numpy_layers      the layers for it, forward and backward
+sgemm             products of NumPy's matrices by the fast BLAS
 joined_layers     the layers of a model in training, with fewer and larger operations
 joined_linear     linear layers with one input as one product in training, and their LoRA pair
 linear_cross_entropy  the loss, without ever holding all logits

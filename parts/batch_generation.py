@@ -10,7 +10,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 from parts.answers import ready_to_answer, warn_of_length
 from parts.chat import ChatTemplate, end_of_turn
 from parts.cli import warn
@@ -23,7 +23,6 @@ from parts.stop_text import until_stop
 from parts.token_rows import special_token_warning
 from parts.tokenizers import Tokenizer, stream_text
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
@@ -116,7 +115,7 @@ def answer_prompts(
     n_asked, n_made = sum(len(row.prompt_ids) for row in rows), sum(len(row.ids) for row in rows)
     print(
         f"{len(rows)} prompts: {n_asked} tokens; generation: {n_made} tokens, "
-        f"{n_made / seconds:.3f} tokens/sec; peak memory {mx.get_peak_memory() / 1e9:.3f} GB",
+        f"{n_made / seconds:.3f} tokens/sec; peak memory {device.peak_memory() / 1e9:.3f} GB",
         file=sys.stderr,
     )
 

@@ -14,6 +14,7 @@ import importlib.metadata
 import math
 import os
 import re
+import resource
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -197,6 +198,16 @@ def give_back_memory() -> None:
     """
     if has_metal():
         mx.clear_cache()
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held: on a CPU, where NumPy computes, too, all of
+    its memory; on a GPU what MLX's arrays have taken since `mx.reset_peak_memory`.
+    """
+    if not ON_CPU:
+        return mx.get_peak_memory()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from collections.abc import Callable
 import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
-from parts import dropout, ops, ops_cuda
-from parts.adapters import from_vector, to_vector
+from parts import ops, ops_cuda
 from parts.joined_linear import JoinedLinear, waits_for_launches
 from parts.merged_linear import base_linear
+from parts.separate_layers import SeparateLayers
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -169,36 +169,6 @@ class JoinedBlock(nn.Module):
         return function
 
 
-class SeparateLayers:
-    """A model's own layers as they train: the matrices of its parameters.
-
-    `state` is what a step reads and writes besides, `outputs` what it writes.
-    """
-
-    def __init__(self, model: nn.Module, loss: Callable):
-        self.model = model
-        self.loss_and_grad = dropout.with_keys(nn.value_and_grad(model, loss))
-        self.state, self.outputs = [model.state], []
-
-    def value_and_grad(self, vector: mx.array, *batch: mx.array) -> tuple:
-        """What `loss(model, *batch)` returns, and the gradient of its first value: a vector
-        (`adapters.to_vector`), float32, as that of the matrices is, which the model has.
-        """
-        result, gradients = self.loss_and_grad(self.model, *batch)
-        return result, to_vector(gradients)
-
-    def put(self, vector: mx.array) -> None:
-        """Put the numbers of a vector in the place of the model's matrices."""
-        self.model.update(from_vector(vector, self.model.trainable_parameters()))
-
-    def prepare(self, *batch: mx.array) -> tuple[mx.array, ...]:
-        """The batch in the shape that a step is to have."""
-        return batch
-
-    def finish_step(self) -> None:
-        """Do what is left to do outside of a compiled step."""
-
-
 class JoinedLayers(SeparateLayers):
     """`JoinedBlock`s in their place. Their matrices hold the vector's numbers in another order.
 
@@ -320,10 +290,3 @@ def fits(model: nn.Module) -> bool:
         and (not args.qk_norm or args.head_dim in ops_cuda.NORMED_HEADS)
         and ops_cuda.has_kernels(norm)
     )
-
-
-def layers_in_training(model: nn.Module, loss: Callable) -> SeparateLayers:
-    """Return the layers that train the model the fastest. Where they are `JoinedLayers`, the
-    weights of the model's own become views of theirs.
-    """
-    return (JoinedLayers if fits(model) else SeparateLayers)(model, loss)

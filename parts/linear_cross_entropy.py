@@ -13,15 +13,22 @@ Softmax", 2018): so it reads the weight once, and the block stays in its cache.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from contextvars import ContextVar
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+import numpy as np
+
+from parts import device  # before MLX, for its BLAS
 from parts.ops_cpu import exp, row_max, row_sum
+from parts.sgemm import as_numpy, multiply
 
 import mlx.core as mx
 
 LOGITS_ON_GPU = 2**26  # logits of a block at most
 LOGITS_ON_CPU = 2**20
+LOGITS_IN_NUMPY = 2**18
 MULTIPLE = 128  # of the positions or tokens of a block, which products and `row_max` want
 
 
@@ -92,3 +99,59 @@ def by_vocabulary(
     losses = mx.log(sums[0]) + max_logit - row_sum(x.astype(mx.float32) * at_target)
     losses = mx.where(counts, losses, 0).squeeze(-1)
     return losses, mx.where(counts, sums[1] / sums[0] - at_target, 0) if training else None
+
+
+# -------------------------------------------------------------------------------------------------
+# In NumPy
+
+THREADS = ContextVar("threads", default=None)  # that compute a cross-entropy at once
+
+
+@contextmanager
+def at_once(threads: Executor) -> Iterator[None]:
+    """Meanwhile, a cross-entropy in training is computed in NumPy, when it is called."""
+    token = THREADS.set(threads)
+    try:
+        yield
+    finally:
+        THREADS.reset(token)
+
+
+def in_numpy(
+    x: mx.array, weight: mx.array, targets: mx.array, training: bool
+) -> tuple[mx.array, mx.array]:
+    """See `by_positions`. Waits for x, in float32, and splits the rows among `THREADS`."""
+    x, weight, targets = map(as_numpy, (x, weight, targets))
+    losses, gradients = np.zeros(len(x), np.float32), np.zeros_like(x)
+
+    def compute(rows: np.ndarray) -> None:
+        losses[rows], gradients[rows] = loss_and_gradient(x[rows], weight, targets[rows])
+
+    shares = np.array_split(np.flatnonzero(targets >= 0), len(device.available_cores()))
+    list(THREADS.get().map(compute, (rows for rows in shares if len(rows))))
+    return mx.array(losses), mx.array(gradients)
+
+
+@np.errstate(all="ignore")  # what is not finite shows in the loss
+def loss_and_gradient(
+    x: np.ndarray, weight: np.ndarray, targets: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The losses (N,) and the gradients of x (N, D), where all targets (N,) count."""
+    n_rows = len(x)
+    size = max(1, LOGITS_IN_NUMPY // n_rows)
+    buffer = np.empty((n_rows, size), np.float32)
+    max_logit = np.full((n_rows, 1), -np.inf, np.float32)
+    total = np.zeros((n_rows, 1), np.float32)
+    mean = np.zeros_like(x)  # of the weight's rows, as the softmax weighs them, times `total`
+    for start in range(0, len(weight), size):
+        block = weight[start : start + size]
+        logits = multiply(x, block.T, buffer[:, : len(block)])
+        last_max, max_logit = max_logit, np.maximum(max_logit, logits.max(1, keepdims=True))
+        logits -= max_logit
+        exps, scale = np.exp(logits, out=logits), np.exp(last_max - max_logit)
+        total = total * scale + exps.sum(1, keepdims=True)
+        mean *= scale
+        multiply(exps, block, mean, add=True)
+    at_target = weight[targets]
+    losses = np.log(total[:, 0]) + max_logit[:, 0] - np.einsum("nd,nd->n", x, at_target)
+    return losses, mean / total - at_target

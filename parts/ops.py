@@ -12,7 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from parts import device, ops_cpu, ops_cuda, quantized_cuda, recompute
-from parts.linear_cross_entropy import by_positions, by_vocabulary, with_gradient
+from parts.linear_cross_entropy import (
+    THREADS,
+    by_positions,
+    by_vocabulary,
+    in_numpy,
+    with_gradient,
+)
 from parts.rope import Rope, amplitude, wavelength_table
 
 import mlx.core as mx
@@ -72,6 +78,7 @@ def linear_cross_entropy(
     count. Returns (...) in float32. In `training`, the gradient of x is computed at once.
     """
     compute = by_vocabulary if device.ON_CPU else by_positions
+    compute = in_numpy if training and THREADS.get() else compute
     rows = x.reshape(-1, x.shape[-1]), weight, targets.flatten()
     losses = with_gradient(compute, *rows) if training else compute(*rows, training)[0]
     return losses.reshape(targets.shape)

@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -311,11 +311,19 @@ def on_each_stream(
     this rank's streams, and return the results. A stream without rows has none.
     """
     results = []
+    for stream, rows in split_rows(streams, batch, ranks):
+        with mx.stream(stream):
+            results.append(function(*rows))
+    return results
+
+
+def split_rows(
+    streams: list[mx.Stream], batch: tuple[mx.array, ...], ranks: Ranks
+) -> Iterator[tuple[mx.Stream, list[mx.array]]]:
+    """Yield each of this rank's streams that has rows of a batch, and these."""
     n_splits = len(streams) * ranks.size
     for first, stream in zip(range(ranks.rank, len(batch[0]), ranks.size), streams, strict=False):
-        with mx.stream(stream):
-            results.append(function(*(array[first::n_splits] for array in batch)))
-    return results
+        yield stream, [array[first::n_splits] for array in batch]
 
 
 def input_digests(args: argparse.Namespace, data: list[str | None]) -> dict[str, str]:

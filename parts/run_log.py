@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
 from parts.adapters import describe_lora
 from parts.cli import warn
 from parts.files import atomic_write
@@ -228,7 +228,7 @@ class TrainingLog:
             "iteration": iteration,
             **{name: finite.get(name) for name in FIGURES},
             "tokens": n_tokens + (self.entries[-1]["tokens"] if self.entries else 0),
-            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "peak_memory_gb": device.peak_memory() / 1e9,
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         if learning_rates:
@@ -328,5 +328,5 @@ def generation_summary(n_prompt_tokens: int, times: list[float]) -> str:
     return (
         f"Prompt: {n_prompt_tokens} tokens, {n_prompt_tokens / (times[1] - times[0]):.3f} "
         f"tokens/sec; generation: {len(times) - 1} tokens{speed}; "
-        f"peak memory {mx.get_peak_memory() / 1e9:.3f} GB"
+        f"peak memory {device.peak_memory() / 1e9:.3f} GB"
     )

@@ -24,6 +24,7 @@ from parts import (
     decoder_cuda,
     device,
     joined_layers,
+    training_layers,
     joined_linear,
     kv_cache,
     nvrtc,
@@ -625,7 +626,7 @@ def test_joined_layers_have_the_gradients_of_the_plain_network(
     emulated_cuda.clear()
     monkeypatch.setattr(joined_linear, "MIN_SIZE_OF_WORK", min_size)
     model.grad_checkpoint = checkpoint
-    layers = joined_layers.layers_in_training(model, lora.loss)
+    layers = training_layers.layers_in_training(model, lora.loss)
     vector = to_vector(model.trainable_parameters())
     prepared = layers.prepare(*batch) if family == "qwen3" else batch
     assert prepared[0].shape == (
@@ -762,7 +763,7 @@ def test_on_a_gpu_a_training_step_has_the_gradients_of_the_plain_network(
     change = mx.abs(after - vector).max().item()
     for min_size in 0, 2**20:
         monkeypatch.setattr(joined_linear, "MIN_SIZE_OF_WORK", min_size)
-        layers = joined_layers.layers_in_training(model, lora.loss)
+        layers = training_layers.layers_in_training(model, lora.loss)
         assert isinstance(layers, joined_layers.JoinedLayers)
         actual = mx.compile(layers.value_and_grad)(vector, *batch)[1]
         np.testing.assert_allclose(actual, expected, atol=limit, rtol=0)

@@ -16,7 +16,7 @@ WITHOUT_MLX = (
     *("source_checkpoints", "hugging_face"),
     *("tokenizers", "source_tokenizers", "byte_level_bpe"),
 )
-ASK_FOR_THE_DEVICE = r"device|ops.*|merged_linear|decoder.*"
+ASK_FOR_THE_DEVICE = r"device|ops.*|merged_linear|decoder.*|training_layers"
 READERS = ROOT / "cwk_create_dataset.py"  # which each process that reads a package imports again
 
 

@@ -92,7 +92,7 @@ def prepare_ours(
 
     def wait() -> int:
         mx.eval(model.trainable_parameters())
-        return mx.get_peak_memory()
+        return device.peak_memory()
 
     mx.eval(tokens, lengths)
     return lambda: step(tokens[:, :-1], tokens[:, 1:], lengths), wait
