@@ -6,7 +6,8 @@ attribute of the module, so that a test has one lever.
 What differs on CUDA: kernels of the suite's own (`ops_cuda` in training, `decoder_cuda` in
 decoding, both compiled by `nvrtc`), a training's `joined_layers`, limits on the work that waits, a
 cache of graphs for many lengths, and NCCL's sum within the step. Other operations are MLX's, as on
-Metal; a CPU's are in `ops_cpu`.
+Metal. A CPU's are in `ops_cpu`; where it trains in float32, or decodes many rows, NumPy computes
+(`numpy_training`, `decoder_batch_cpu`), which takes a twentieth of MLX's time for exponentials.
 """
 
 import ctypes
