@@ -45,7 +45,7 @@ from parts.interrupts import Interrupts, Stopped
 from parts.ops import cross_entropy, linear_cross_entropy
 from parts.packing import make_packing, packed_batches
 from parts.prompt_file import has_chats
-from parts.ranks import SINGLE, Ranks, input_digests, launched_rank, on_each_stream
+from parts.ranks import SINGLE, Ranks, input_digests, launched_rank
 from parts.records import Record, Records
 from parts.run_files import warn_of_replaced
 from parts.run_log import StepResult, say
@@ -55,7 +55,7 @@ from parts.steps import accumulated, make_start_step
 from parts.talk import converse
 from parts.token_rows import TokenRows, encode_records, special_token_warning, try_template
 from parts.tokenizers import Tokenizer
-from parts.training_layers import layers_in_training
+from parts.training_layers import layers_in_evaluation, layers_in_training
 from parts.training import (
     report_steps,
     report_validation,
@@ -342,9 +342,9 @@ def evaluate(
     n_batches = n_all if num_batches == -1 else min(num_batches, n_all)
     batches = itertools.islice(iterate_batches(dataset, tokenizer, batch_size), n_batches)
     streams = streams or device.open_streams(batch_size // ranks.size, ranks.local_size)
-    compute = partial(on_each_stream, streams, partial(loss, model), ranks=ranks)
-    compute = device.bounded(compute, [], queues=False)
     with device.limits_restored(), without_training(model):
+        layers = layers_in_evaluation(model, loss)
+        compute = device.bounded(partial(layers.losses, streams, ranks), [], queues=False)
         for batch in tqdm(batches, "Evaluating", n_batches, leave=False, disable=None):
             # Compute this rank's rows.
             results = compute(*batch)

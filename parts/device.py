@@ -163,14 +163,22 @@ def compiled(function: Callable, **state: list) -> Callable:
 
 
 def default_dtype(generating: bool = False) -> mx.Dtype:
-    """Return what `--dtype auto` computes in: float32 on a CPU, where half precision has no fast
-    product, and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU
+    """Return what `--dtype auto` computes in: float32 on a CPU, few of which have fast products in
+    half precision, and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU
     that has no bfloat16 takes float16.
     """
     if mx.default_device() == mx.Device(mx.cpu):  # also in the place of a GPU
         return mx.float32
     lacks_it = WITHOUT_BFLOAT16.match(mx.device_info()["architecture"])
     return mx.float16 if generating and lacks_it else mx.bfloat16
+
+
+@lru_cache
+def fast_dtypes() -> set[mx.Dtype]:
+    """Return the types in which a CPU's BLAS has fast products."""
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = set(cpuinfo.read_text().split()) if FAST_BLAS and cpuinfo.exists() else set()
+    return {mx.float32, mx.bfloat16} if "amx_bf16" in flags else {mx.float32}
 
 
 def working_set() -> int | None:

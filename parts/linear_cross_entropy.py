@@ -22,7 +22,7 @@ import numpy as np
 
 from parts import device  # before MLX, for its BLAS
 from parts.ops_cpu import exp, row_max, row_sum
-from parts.sgemm import as_numpy, multiply
+from parts.sgemm import as_numpy, in_type_of, multiply, to_float32
 
 import mlx.core as mx
 
@@ -109,7 +109,7 @@ THREADS = ContextVar("threads", default=None)  # that compute a cross-entropy at
 
 @contextmanager
 def at_once(threads: Executor) -> Iterator[None]:
-    """Meanwhile, a cross-entropy in training is computed in NumPy, when it is called."""
+    """Meanwhile, a cross-entropy is computed in NumPy, when it is called."""
     token = THREADS.set(threads)
     try:
         yield
@@ -119,25 +119,27 @@ def at_once(threads: Executor) -> Iterator[None]:
 
 def in_numpy(
     x: mx.array, weight: mx.array, targets: mx.array, training: bool
-) -> tuple[mx.array, mx.array]:
+) -> tuple[mx.array, mx.array | None]:
     """See `by_positions`. Waits for x, in float32, and splits the rows among `THREADS`."""
     x, weight, targets = map(as_numpy, (x, weight, targets))
-    losses, gradients = np.zeros(len(x), np.float32), np.zeros_like(x)
+    losses, gradients = np.zeros(len(x), np.float32), np.zeros_like(x) if training else None
 
     def compute(rows: np.ndarray) -> None:
-        losses[rows], gradients[rows] = loss_and_gradient(x[rows], weight, targets[rows])
+        losses[rows], gradient = loss_and_gradient(x[rows], weight, targets[rows], training)
+        if training:
+            gradients[rows] = gradient
 
     shares = np.array_split(np.flatnonzero(targets >= 0), len(device.available_cores()))
     list(THREADS.get().map(compute, (rows for rows in shares if len(rows))))
-    return mx.array(losses), mx.array(gradients)
+    return mx.array(losses), mx.array(gradients) if training else None
 
 
 @np.errstate(all="ignore")  # what is not finite shows in the loss
 def loss_and_gradient(
-    x: np.ndarray, weight: np.ndarray, targets: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The losses (N,) and the gradients of x (N, D), where all targets (N,) count."""
-    n_rows = len(x)
+    x: np.ndarray, weight: np.ndarray, targets: np.ndarray, training: bool
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The losses (N,) and in `training` the gradients of x (N, D); all targets (N,) count."""
+    n_rows, cast = len(x), in_type_of(weight, x)
     size = max(1, LOGITS_IN_NUMPY // n_rows)
     buffer = np.empty((n_rows, size), np.float32)
     max_logit = np.full((n_rows, 1), -np.inf, np.float32)
@@ -145,13 +147,14 @@ def loss_and_gradient(
     mean = np.zeros_like(x)  # of the weight's rows, as the softmax weighs them, times `total`
     for start in range(0, len(weight), size):
         block = weight[start : start + size]
-        logits = multiply(x, block.T, buffer[:, : len(block)])
+        logits = multiply(cast, block.T, buffer[:, : len(block)])
         last_max, max_logit = max_logit, np.maximum(max_logit, logits.max(1, keepdims=True))
         logits -= max_logit
         exps, scale = np.exp(logits, out=logits), np.exp(last_max - max_logit)
         total = total * scale + exps.sum(1, keepdims=True)
-        mean *= scale
-        multiply(exps, block, mean, add=True)
-    at_target = weight[targets]
+        if training:
+            mean *= scale
+            multiply(in_type_of(weight, exps), block, mean, add=True)
+    at_target = to_float32(weight[targets])
     losses = np.log(total[:, 0]) + max_logit[:, 0] - np.einsum("nd,nd->n", x, at_target)
-    return losses, mean / total - at_target
+    return losses, mean / total - at_target if training else None

@@ -1,4 +1,4 @@
-"""A model's layers as a CPU trains them, in NumPy, in float32: forward and backward pass at once.
+"""A model's layers as a CPU trains them, in NumPy: forward and backward pass at once.
 
 MLX's exponentials take a CPU some twenty times as long as NumPy's, and MLX hands the operations of
 all streams to their threads one by one: where one waits, the others soon do. Here each share of a
@@ -15,7 +15,7 @@ import numpy as np
 
 from parts import device  # noqa: F401  before MLX, for its BLAS
 from parts.rope import Rope, cos_sin
-from parts.sgemm import as_numpy, multiply
+from parts.sgemm import as_numpy, in_type_of, multiply, to_float32
 
 import mlx.nn as nn
 
@@ -35,16 +35,21 @@ class Linear:
     def __init__(self, layer: nn.Module):
         linear = layer.linear if "lora_a" in layer else layer
         self.layer, self.is_adapted = layer, "lora_a" in layer
-        self.weight = as_numpy(linear.weight)  # (O, D)
-        self.bias = as_numpy(linear.bias) if "bias" in linear else None
+        self.weight = as_numpy(linear.weight)  # (O, D), float32 or the bits of bfloat16
+        self.bias = to_float32(as_numpy(linear.bias)) if "bias" in linear else None
 
     def __call__(
-        self, x: np.ndarray, pair: Pair | None, residual: np.ndarray | None = None
+        self,
+        x: np.ndarray,
+        pair: Pair | None,
+        residual: np.ndarray | None = None,
+        cast: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray | None]:
         """The outputs (N, O) for x (N, D), plus `residual`, which becomes them. And x A times the
-        scale (N, R), if there is a pair.
+        scale (N, R), if there is a pair. cast: x in the weight's type, where it is known.
         """
-        y = multiply(x, self.weight.T, residual, add=residual is not None)
+        cast = in_type_of(self.weight, x) if cast is None else cast
+        y = multiply(cast, self.weight.T, residual, add=residual is not None)
         if self.bias is not None:
             y += self.bias
         if pair is None:
@@ -66,7 +71,8 @@ class Linear:
         """Add the gradient of x (N, D) to `of_x`, and return it. That of the pair goes to
         `of_pair`. gradient: of the outputs.
         """
-        of_x = multiply(gradient, self.weight, of_x, add=of_x is not None)
+        cast = in_type_of(self.weight, gradient)
+        of_x = multiply(cast, self.weight, of_x, add=of_x is not None)
         if pair is not None:
             of_inner = multiply(gradient, pair.b.T)
             of_inner *= np.float32(self.layer.scale)
@@ -80,7 +86,7 @@ class Norm:
     """RMSNorm."""
 
     def __init__(self, norm: nn.Module):
-        self.weight, self.eps = as_numpy(norm.weight), np.float32(norm.eps)
+        self.weight, self.eps = to_float32(as_numpy(norm.weight)), np.float32(norm.eps)
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x (N, D), normalised, and what it is multiplied by for that (N, 1)."""
@@ -246,7 +252,10 @@ class Layer:
         """The output (N, D) for x (N, D), and what `backward` needs."""
         wq, wk, wv, wo, w1, w3, w2 = zip(self.linears, pairs, strict=True)
         normed, factor = self.norms[0](x)
-        (q, in_q), (k, in_k), (v, in_v) = (linear(normed, pair) for linear, pair in (wq, wk, wv))
+        cast = in_type_of(wq[0].weight, normed)
+        (q, in_q), (k, in_k), (v, in_v) = (
+            linear(normed, pair, cast=cast) for linear, pair in (wq, wk, wv)
+        )
         q, k, v = (y.reshape(*batch.shape, -1, self.head_dim) for y in (q, k, v))
         for heads, numbers in ((q, batch.table * self.scale), (k, batch.table)):
             heads.view(np.complex64)[:] *= numbers
@@ -254,7 +263,8 @@ class Layer:
         out = attended[0].reshape(len(x), -1)
         middle, in_o = wo[0](out, wo[1], x.copy())
         normed_2, factor_2 = self.norms[1](middle)
-        (gate, in_1), (up, in_3) = (linear(normed_2, pair) for linear, pair in (w1, w3))
+        cast = in_type_of(w1[0].weight, normed_2)
+        (gate, in_1), (up, in_3) = (linear(normed_2, pair, cast=cast) for linear, pair in (w1, w3))
         divisor = np.exp(-gate)
         divisor += 1
         silu = np.divide(gate, divisor, out=gate)

@@ -10,12 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from parts import device  # noqa: F401  before MLX, for its BLAS
+from parts import device  # before MLX, for its BLAS
+from parts.adapters import to_vector
 from parts.joined_layers import lora_positions
 from parts.linear_cross_entropy import at_once
 from parts.numpy_layers import Batch, Layer, Norm, Pair, make_blocks, rotation
 from parts.ranks import SINGLE, Ranks, split_rows
-from parts.sgemm import as_numpy
+from parts.sgemm import as_numpy, to_float32
 from parts.separate_layers import SeparateLayers
 
 import mlx.core as mx
@@ -26,14 +27,17 @@ from mlx.utils import tree_flatten
 class Computed:
     """A model whose layers have been computed, for `lora.loss`."""
 
-    training = True
-
-    def __init__(self, output_weight: mx.array, x: mx.array):
-        self.output_weight, self._x = output_weight, x
+    def __init__(self, output_weight: mx.array, x: mx.array, training: bool):
+        self.output_weight, self.training, self._x = output_weight, training, x
 
     def hidden(self, _: mx.array) -> tuple[mx.array, None]:
         """See `Model.hidden`."""
         return self._x, None
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a model has LoRA matrices."""
+    return any("lora_a" in module for module in model.modules())
 
 
 class NumpyLayers(SeparateLayers):
@@ -41,18 +45,16 @@ class NumpyLayers(SeparateLayers):
 
     def __init__(self, model: nn.Module, loss: Callable):
         super().__init__(model, loss)
-        self.loss = loss
         self.embedding = as_numpy(model.tok_embeddings.weight)
         self.layers, self.norm = [Layer(block) for block in model.layers], Norm(model.norm)
         # Where the matrices of each adapted layer are in the vector.
         self.places = {}
-        for layer, name, shape, start in lora_positions(model)[0]:
+        for layer, name, shape, start in lora_positions(model)[0] if is_adapted(model) else ():
             self.places.setdefault(id(layer), {})[name] = start, shape
-        self.first = min(
-            i
-            for i, layer in enumerate(self.layers)
-            if any(linear.is_adapted for linear in layer.linears)
-        )
+        self.first = len(self.layers)  # layer that a gradient is needed for
+        if model.training:
+            adapted = [any(line.is_adapted for line in layer.linears) for layer in self.layers]
+            self.first = adapted.index(True)
 
     def on_each_stream(
         self, streams: list[mx.Stream], vector: mx.array, batch: tuple[mx.array, ...], ranks: Ranks
@@ -63,7 +65,7 @@ class NumpyLayers(SeparateLayers):
         numbers, shares = as_numpy(vector), [rows for _, rows in split_rows(streams, batch, ranks)]
         pairs = self.pairs(numbers)
         passes = [Pass(self, pairs, as_numpy(inputs)) for inputs, *_ in shares]
-        with ThreadPoolExecutor(max(1, len(streams))) as threads, at_once(threads):
+        with ThreadPoolExecutor(len(streams)) as threads, at_once(threads):
             hidden = threads.map(Pass.forward, passes)
             results = [
                 self.loss_of_hidden(x, *rows) for x, rows in zip(hidden, shares, strict=True)
@@ -85,11 +87,24 @@ class NumpyLayers(SeparateLayers):
         """What the loss returns where the layers have made x (B, L, D), and its gradient of x."""
 
         def loss(x: mx.array) -> tuple[mx.array, mx.array]:
-            return self.loss(Computed(self.model.output_weight, x), *rows)
+            return self.loss(Computed(self.model.output_weight, x, training=True), *rows)
 
         result = mx.value_and_grad(loss)(mx.array(x))
         mx.eval(result)
         return result
+
+    def losses(self, streams: list[mx.Stream], ranks: Ranks, *batch: mx.array) -> list[tuple]:
+        """See `SeparateLayers`."""
+        trained = self.model.trainable_parameters() if self.places else None
+        pairs = self.pairs(as_numpy(to_vector(trained)) if trained else np.zeros(0, np.float32))
+        shares = [rows for _, rows in split_rows(streams, batch, ranks)]
+        passes = [Pass(self, pairs, as_numpy(inputs)) for inputs, *_ in shares]
+        with ThreadPoolExecutor(len(streams)) as threads, at_once(threads):
+            hidden = threads.map(Pass.forward, passes)
+            return [
+                self.loss(Computed(self.model.output_weight, mx.array(x), training=False), *rows)
+                for x, rows in zip(hidden, shares, strict=True)
+            ]
 
     def pairs(self, vector: np.ndarray) -> list[list[Pair | None]]:
         """The LoRA matrices of each layer, or their gradients, as views of a vector."""
@@ -121,7 +136,7 @@ class Pass:
     @np.errstate(all="ignore")  # what is not finite shows in the loss
     def forward(self) -> np.ndarray:
         """Return what the layers make of the ids, normalised: (B, L, D)."""
-        x, self.kept = self.layers.embedding[self.ids], []
+        x, self.kept = to_float32(self.layers.embedding[self.ids]), []
         shape = x.shape
         x = x.reshape(-1, shape[-1])
         for i, layer in enumerate(self.layers.layers):
@@ -144,20 +159,21 @@ class Pass:
 
 
 def fits(model: nn.Module) -> bool:
-    """Whether `NumpyLayers` serve for this model: of float32, with plain weights, and LoRA matrices
-    that are all trained.
+    """Whether `NumpyLayers` serve for this model: of a type that has fast products, with plain
+    weights, and LoRA matrices that are all trained.
     """
     if not hasattr(model, "hidden"):
         return False
     modules = list(model.modules())
     adapted = [module for module in modules if "lora_a" in module]
     trained = [name.rpartition(".")[2] for name, _ in tree_flatten(model.trainable_parameters())]
+    all_trained = ["lora_a"] * len(adapted) + ["lora_b"] * len(adapted)
     return (
-        bool(adapted)
-        and sorted(trained) == ["lora_a"] * len(adapted) + ["lora_b"] * len(adapted)
-        and not any(module.dropout for module in adapted)
+        (bool(adapted) or not model.training)
+        and (sorted(trained) == all_trained or not adapted)
+        and not (model.training and any(module.dropout for module in adapted))
         and not any("scales" in module for module in modules)
-        and model.norm.weight.dtype == mx.float32
+        and model.norm.weight.dtype in device.fast_dtypes()
         and not model.args.qk_norm
-        and not model.grad_checkpoint
+        and not (model.training and model.grad_checkpoint)
     )

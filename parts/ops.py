@@ -78,7 +78,7 @@ def linear_cross_entropy(
     count. Returns (...) in float32. In `training`, the gradient of x is computed at once.
     """
     compute = by_vocabulary if device.ON_CPU else by_positions
-    compute = in_numpy if training and THREADS.get() else compute
+    compute = in_numpy if THREADS.get() else compute
     rows = x.reshape(-1, x.shape[-1]), weight, targets.flatten()
     losses = with_gradient(compute, *rows) if training else compute(*rows, training)[0]
     return losses.reshape(targets.shape)

@@ -19,7 +19,7 @@ class SeparateLayers:
     """
 
     def __init__(self, model: nn.Module, loss: Callable):
-        self.model = model
+        self.model, self.loss = model, loss
         self.loss_and_grad = dropout.with_keys(nn.value_and_grad(model, loss))
         self.state, self.outputs = [model.state], []
 
@@ -35,6 +35,10 @@ class SeparateLayers:
     ) -> list[tuple]:
         """What `value_and_grad` returns for the rows of each stream of this rank."""
         return on_each_stream(streams, partial(self.value_and_grad, vector), *batch, ranks=ranks)
+
+    def losses(self, streams: list[mx.Stream], ranks: Ranks, *batch: mx.array) -> list[tuple]:
+        """What the loss returns for the rows of each stream of this rank."""
+        return on_each_stream(streams, partial(self.loss, self.model), *batch, ranks=ranks)
 
     def put(self, vector: mx.array) -> None:
         """Put the numbers of a vector in the place of the model's matrices."""

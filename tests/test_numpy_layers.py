@@ -102,6 +102,39 @@ def test_gradients_without_a_fast_blas(monkeypatch):
     check(make_model(ALL), make_batch(20))
 
 
+@pytest.mark.parametrize("has_blas", [True, False])
+def test_gradients_from_bfloat16_are_near_those_of_float32(monkeypatch, has_blas):
+    monkeypatch.setattr(device, "fast_dtypes", lambda: {mx.float32, mx.bfloat16})
+    if not has_blas:
+        monkeypatch.setattr(sgemm, "SGEMM", None)
+        monkeypatch.setattr(sgemm, "BFLOAT16_GEMM", None)
+    model, batch = make_model(ALL), make_batch(40)
+    model.set_dtype(mx.bfloat16)
+    vector = to_vector(model.trainable_parameters()).astype(mx.float32)
+    assert numpy_training.fits(model)
+    layers = numpy_training.NumpyLayers(model, lora.loss)
+    assert layers.layers[0].linears[0].weight.dtype == np.uint16
+    (value, _), gradient = layers.value_and_grad(vector, *batch)
+    model.set_dtype(mx.float32)
+    (expected, _), exact = SeparateLayers(model, lora.loss).value_and_grad(vector, *batch)
+    gradient, exact = np.array(gradient), np.array(exact)
+    assert value.item() == pytest.approx(expected.item(), rel=0.01)
+    assert np.linalg.norm(gradient - exact) < 0.03 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("projections", [[], ["wq", "w2"]], ids=["base", "adapted"])
+def test_losses_without_training_are_those_of_the_network(projections):
+    model, batch = make_model(projections).eval(), make_batch(40)
+    assert numpy_training.fits(model)
+    streams = device.open_streams(2)
+    results = numpy_training.NumpyLayers(model, lora.loss).losses(streams, SINGLE, *batch)
+    expected = SeparateLayers(model, lora.loss).losses(streams, SINGLE, *batch)
+    assert len(results) == len(expected) == len(streams)
+    for (value, n_tokens), (expected_value, expected_tokens) in zip(results, expected, strict=True):
+        assert n_tokens.item() == expected_tokens.item()
+        assert value.item() == pytest.approx(expected_value.item(), abs=1e-5)
+
+
 def test_a_batch_in_which_nothing_counts_has_no_gradient():
     inputs, targets, lengths = make_batch(20)
     model = make_model(["w1"])
@@ -126,10 +159,11 @@ def test_each_stream_has_the_results_of_its_rows():
 
 def test_what_it_does_not_serve_for_is_left_to_the_network():
     half, quantized, recomputing = (make_model(["w2"]) for _ in range(3))
-    half.set_dtype(mx.bfloat16)
+    half.set_dtype(mx.float16)
     nn.quantize(quantized, 32, 4, class_predicate=quantizable)
     recomputing.grad_checkpoint = True
     others = make_model(["w2"], dropout=0.1), make_model(["wq"], qk_norm=True)
     for model in (half, quantized, recomputing, *others):
         assert not numpy_training.fits(model)
+    assert not numpy_training.fits(make_model([]))  # nothing to train
     assert numpy_training.fits(make_model(["w2"]))
