@@ -164,8 +164,8 @@ def compiled(function: Callable, **state: list) -> Callable:
 
 def default_dtype(generating: bool = False) -> mx.Dtype:
     """Return what `--dtype auto` computes in: float32 on a CPU, few of which have fast products in
-    half precision, and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a GPU
-    that has no bfloat16 takes float16.
+    half precision, and bfloat16 on a GPU, which cannot overflow where float16 does. To generate, a
+    GPU that has no bfloat16 takes float16.
     """
     if mx.default_device() == mx.Device(mx.cpu):  # also in the place of a GPU
         return mx.float32
