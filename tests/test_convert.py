@@ -579,7 +579,8 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
             if existing:
                 shutil.copytree(tmp_path / "old", target)
             convert_once(moment)
-            if existing or target.exists():
+            # While files replace others, params.json is away, and the folder is no model.
+            if (target / "params.json").exists():
                 assert contents(target) in (old, new)
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
@@ -693,8 +694,9 @@ def test_signals_leave_nothing_behind(tmp_path, number, status):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert b"Traceback" not in errors
-    assert process.returncode in (status, 0)  # 0: it was done before the signal came
-    names = {"torch"} if process.returncode else {"torch", "mlx"}
+    is_done = process.returncode in (0, -number)  # the signal came late, or while Python ended
+    assert is_done or process.returncode == status
+    names = {"torch", "mlx"} if is_done else {"torch"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
