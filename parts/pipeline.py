@@ -5,6 +5,8 @@ for or written, and no thread outlives its `with` or its generator.
 """
 
 import os
+import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,16 +18,25 @@ BLOCKS = 4  # that wait between two stages
 
 def read_ahead(items: Iterable, n_blocks: int = BLOCKS) -> Iterator:
     """Yield the items, none of them None, made in a thread while those before them are in use."""
-    items = iter(items)
-    with ThreadPoolExecutor(1) as pool:
-        coming = deque(pool.submit(next, items, None) for _ in range(n_blocks))
-        try:
-            while (item := coming.popleft().result()) is not None:
-                coming.append(pool.submit(next, items, None))
-                yield item
-        finally:
-            for future in coming:
-                future.cancel()
+    items, pool = iter(items), ThreadPoolExecutor(1)
+    thread = pool.submit(threading.get_native_id)
+    coming = deque(pool.submit(next, items, None) for _ in range(n_blocks))
+    try:
+        while (item := coming.popleft().result()) is not None:
+            coming.append(pool.submit(next, items, None))
+            yield item
+    finally:
+        pool.shutdown(cancel_futures=True)
+        wait_for_end(thread.result())
+
+
+def wait_for_end(thread: int) -> None:
+    """Wait until Linux has ended a thread, by its native id. Up to Python 3.12, a thread is joined
+    a little before; one that has used MLX aborts a process that ends meanwhile.
+    """
+    task = Path(f"/proc/self/task/{thread}")
+    while task.exists():
+        time.sleep(0.001)
 
 
 class WriteBehind:
