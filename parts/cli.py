@@ -133,6 +133,7 @@ def run(parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], No
     exit_at_signals()
     with exit_statuses():
         work(args)
+    ignore_signals()
 
 
 def open_closed_streams() -> None:
@@ -151,6 +152,12 @@ def exit_at_signals() -> None:
     for signum in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda number, _: sys.exit(128 + number))
+
+
+def ignore_signals() -> None:
+    """Ignore signals from now on: all is done, also where Python takes a while to end."""
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @contextmanager

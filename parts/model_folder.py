@@ -14,7 +14,7 @@ from zipfile import ZipInfo
 import numpy as np
 
 from parts import device, tokenizers  # before MLX, for its BLAS
-from parts.cli import did_you_mean
+from parts.cli import did_you_mean, ignore_signals
 from parts.config_values import SHAPE
 from parts.files import check_content, read_json
 from parts.lazy_tensors import Weight, all_blocks
@@ -181,6 +181,7 @@ def write_model(
 
     files: of the tokenizer and the chat template, by their names, each a file to copy, or its
     content; wrote: is called with the bytes of weights that were written, as they are.
+    Call it last: once all is written, signals are ignored.
     Raises ValueError where another run writes there, or where something is in the way.
     """
     with staged_folder(target, FILES) as folder:
@@ -193,6 +194,7 @@ def write_model(
             for size in sizes:
                 wrote(size)
         (folder / "params.json").write_text(json.dumps(params, indent=2) + "\n")
+        ignore_signals()  # what is left is to move the files: too late for a status that denies it
 
 
 def write_npz(path: Path, weights: Iterable[Weight]) -> Iterator[int]:

@@ -117,7 +117,8 @@ def call_script(script: str, *arguments: str | Path) -> subprocess.CompletedProc
     a process of its own imports torch for seconds.
     """
     main = importlib.import_module(script.removesuffix(".py")).main
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    handlers = {signum: signal.getsignal(signum) for signum in signals}
     before = sys.argv, sys.stdout, sys.stderr
     outputs = [io.TextIOWrapper(io.BytesIO(), "utf-8") for _ in range(2)]
     sys.argv, sys.stdout, sys.stderr = [script, *map(str, arguments)], *outputs

@@ -579,9 +579,12 @@ def test_kills_leave_a_whole_model_or_none(checkpoint, tmp_path, existing):
             if existing:
                 shutil.copytree(tmp_path / "old", target)
             convert_once(moment)
-            # While files replace others, params.json is away, and the folder is no model.
-            if (target / "params.json").exists():
-                assert contents(target) in (old, new)
+            if existing or target.exists():
+                left = contents(target)
+                # While files replace others, params.json is away: no model, but whole files.
+                is_replacing = existing and "params.json" not in left
+                whole_files = old.items() | new.items()
+                assert left in (old, new) or (is_replacing and left.items() <= whole_files)
     assert run(checkpoint, target).returncode == 0
     assert contents(target) == new
     assert not list(tmp_path.glob("*.unfinished")) and not list(target.glob("unfinished"))
@@ -694,9 +697,8 @@ def test_signals_leave_nothing_behind(tmp_path, number, status):
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert b"Traceback" not in errors
-    is_done = process.returncode in (0, -number)  # the signal came late, or while Python ended
-    assert is_done or process.returncode == status
-    names = {"torch", "mlx"} if is_done else {"torch"}
+    assert process.returncode in (status, 0)  # 0: it was done before the signal came
+    names = {"torch"} if process.returncode else {"torch", "mlx"}
     assert {path.name for path in tmp_path.iterdir()} == names
 
 
