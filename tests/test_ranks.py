@@ -40,11 +40,11 @@ lora.main()
 
 @pytest.fixture(scope="module")
 def flags(tiny_model, data) -> list[str]:
-    """A run of 20 steps. The validation set's last batch has rows for three ranks of four."""
+    """A run of 30 steps. The validation set's last batch has rows for three ranks of four."""
     return [
-        "--model", str(tiny_model), "--data", str(data), "--train", "--test", "--iters", "20",
+        "--model", str(tiny_model), "--data", str(data), "--train", "--test", "--iters", "30",
         "--learning-rate", "1e-3", "--save-every", "5", "--steps-per-report", "1",
-        "--steps-per-eval", "10", "--val-batches", "-1", "--seed", "5", "--lora-projections", "all",
+        "--steps-per-eval", "15", "--val-batches", "-1", "--seed", "5", "--lora-projections", "all",
         "--lora-dropout", "0.1",
     ]  # fmt: skip
 
@@ -201,15 +201,14 @@ def test_two_hosts_train_as_one_process_does_and_send_what_the_formula_says(
             rank.send_signal(signal.SIGCONT)
         return np.array(counts)
 
-    before, after = count("Iter 5: Train loss"), count("Iter 18: Train loss")
+    before, after = count("Iter 5: Train loss"), count("Iter 27: Train loss")
     n_steps, sent = after - before
     statuses, _, errors = end(ranks)
     assert statuses == [0, 0], errors
     assert_same_adapters(tmp_path, alone[0])
     n_values = sum(matrix.size for matrix in read_adapter(tmp_path / "adapters.npz").values())
-    # A step may be under way at each count, each packet has a header, and each fifth step tells of
-    # its save.
-    assert n_steps - 1 < sent / bytes_a_step(n_values, 2) < 1.15 * n_steps + 1
+    # Each packet has a header, each fifth step tells of its save, and a step may be under way.
+    assert 0.95 < sent / n_steps / bytes_a_step(n_values, 2) < 1.15
 
 
 # -------------------------------------------------------------------------------------------------
@@ -231,15 +230,15 @@ def assert_lost(ranks: list[subprocess.Popen], victim: int) -> None:
 @pytest.mark.parametrize(
     "when, n, victim, n_later",
     [
-        ("Iter 7: Train loss", 2, 1, 1),
-        ("Iter 13: Train loss", 1, 0, 4),
-        ("Iter 10: Train loss", 2, 0, 1),
+        ("Iter 12: Train loss", 2, 1, 1),
+        ("Iter 18: Train loss", 1, 0, 4),
+        ("Iter 15: Train loss", 2, 0, 1),
     ],
 )
 def test_a_run_of_killed_ranks_goes_on_with_another_number_of_them(
     flags, alone, tmp_path, when, n, victim, n_later
 ):
-    """Behind step 10 comes an evaluation, which the last kill falls into."""
+    """Behind step 15 comes an evaluation, which the last kill falls into."""
     ranks = start_ranks(n, tmp_path, *flags)
     wait_for(ranks[0], when)
     ranks[victim].kill()
@@ -274,7 +273,7 @@ def test_a_rank_that_never_comes_is_named(flags, tmp_path):
 
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(flags, alone, tmp_path):
     ranks = start_ranks(2, tmp_path, *flags)
-    wait_for(ranks[0], "Iter 5: Train loss")
+    wait_for(ranks[0], "Iter 10: Train loss")
     ranks[1].send_signal(signal.SIGINT)
     statuses, _, errors = end(ranks)
     assert statuses == [143, 130]
