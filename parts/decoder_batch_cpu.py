@@ -12,7 +12,9 @@ import numpy as np
 
 from parts import device, ops  # before MLX, for its BLAS
 from parts.merged_linear import base_linear, same_arrays
+from parts.numpy_layers import Norm
 from parts.rope import Rope, cos_sin, rotate_half_matrix
+from parts.sgemm import AS_IT_IS, ROW_MAJOR, address, as_numpy
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -119,18 +121,8 @@ def prepare_norm(norm: nn.Module | None) -> Callable:
     """What an RMSNorm makes of x (..., D); without one, x."""
     if norm is None:
         return lambda x: x
-    weight, eps = as_numpy(norm.weight), np.float32(norm.eps)
-
-    def run(x: np.ndarray) -> np.ndarray:
-        squares = np.einsum("...d,...d->...", x, x)[..., None]
-        return x / np.sqrt(squares / x.shape[-1] + eps) * weight
-
-    return run
-
-
-def as_numpy(array: mx.array) -> np.ndarray:
-    """The memory of an array, which is waited for."""
-    return np.array(array, copy=False)
+    normalize = Norm(norm)
+    return lambda x: normalize(x)[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -156,7 +148,7 @@ class BlockProduct:
         y = np.empty((len(x), n_blocks * width), np.float32)
         if device.FAST_BLAS:
             self._n_rows.value = len(x)
-            self._addresses[0], self._addresses[2] = x.ctypes.data, y.ctypes.data + self._steps
+            self._addresses[0], self._addresses[2] = address(x), address(y) + self._steps
             device.FAST_BLAS.cblas_sgemm_batch(*self._arguments)
         else:
             np.matmul(x, self._blocks, out=y.reshape(len(x), n_blocks, width).swapaxes(0, 1))
@@ -168,14 +160,14 @@ class BlockProduct:
         n_blocks, n_inputs, width = self._blocks.shape
         # The addresses of each block's x, weights and outputs.
         self._steps = np.arange(n_blocks) * width * self._blocks.itemsize
-        weights = self._blocks.ctypes.data + self._steps * n_inputs
+        weights = address(self._blocks) + self._steps * n_inputs
         self._addresses = np.stack([np.zeros_like(weights), weights, np.zeros_like(weights)])
         x, weights, y = (row.ctypes.data_as(ctypes.c_void_p) for row in self._addresses)
         self._n_rows = ctypes.c_int()
-        row_major, as_it_lies, n_groups = 101, pointer_to(111), 1
+        as_it_lies, n_groups = pointer_to(AS_IT_IS), 1
         n_inputs, width, row = map(pointer_to, (n_inputs, width, n_blocks * width))
         self._arguments = (
-            *(row_major, as_it_lies, as_it_lies, ctypes.byref(self._n_rows), width, n_inputs),
+            *(ROW_MAJOR, as_it_lies, as_it_lies, ctypes.byref(self._n_rows), width, n_inputs),
             *(pointer_to(1.0), x, n_inputs, weights, width, pointer_to(0.0), y, row),
             *(n_groups, pointer_to(n_blocks)),
         )

@@ -89,8 +89,8 @@ class Norm:
         self.weight, self.eps = to_float32(as_numpy(norm.weight)), np.float32(norm.eps)
 
     def __call__(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """x (N, D), normalised, and what it is multiplied by for that (N, 1)."""
-        mean = np.einsum("nd,nd->n", x, x)[:, None] / np.float32(x.shape[1])
+        """x (..., D), normalised, and what it is multiplied by for that (..., 1)."""
+        mean = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
         factor = 1 / np.sqrt(mean + self.eps)
         normed = x * factor
         normed *= self.weight

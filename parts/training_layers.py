@@ -12,14 +12,13 @@ def layers_in_training(model: nn.Module, loss: Callable) -> SeparateLayers:
     """Return the layers that train the model the fastest. Where they are `JoinedLayers`, the
     weights of the model's own become views of theirs.
     """
-    if device.ON_CPU:
-        fitting = numpy_training.fits(model) and numpy_training.NumpyLayers
-    else:
-        fitting = joined_layers.fits(model) and joined_layers.JoinedLayers
-    return (fitting or SeparateLayers)(model, loss)
+    if not device.ON_CPU and joined_layers.fits(model):
+        return joined_layers.JoinedLayers(model, loss)
+    return layers_in_evaluation(model, loss)
 
 
 def layers_in_evaluation(model: nn.Module, loss: Callable) -> SeparateLayers:
-    """Return the layers that compute losses the fastest. The model is not in training."""
-    fitting = device.ON_CPU and numpy_training.fits(model) and numpy_training.NumpyLayers
-    return (fitting or SeparateLayers)(model, loss)
+    """Return the layers that compute losses the fastest."""
+    if device.ON_CPU and numpy_training.fits(model):
+        return numpy_training.NumpyLayers(model, loss)
+    return SeparateLayers(model, loss)
